@@ -52,16 +52,17 @@ def check_float(
     if not ok: refuse(what, repr(v), f"a number {'above' if above else 'of at least'} {lo:g}" + ('' if hi == float('inf') else f" and below {hi:g}"))
     return float(v)
 
-# %% ../nbs/00_core.ipynb #788fbf3d
+# %% ../nbs/00_core.ipynb #f638584c
 def command(
     f, # A function whose parameters have docments; what it returns is dropped
+    name:str=None, # Name of the command; the function's by default
 ):
     "Make `f` a console command: its parameters become flags, `BadInput` becomes one line and exit code 2"
     @wraps(f)
     def _f(*args, **kwargs):
         try: f(*args, **kwargs)
         except BadInput as e:
-            print(f'{f.__name__}: {e}', file=sys.stderr)
+            print(f'{name or f.__name__}: {e}', file=sys.stderr)
             sys.exit(2)
     return call_parse(_f)
 

@@ -97,7 +97,7 @@ def to_rgb(
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
     return im.convert('RGB')
 
-# %% ../nbs/01_data.ipynb #0ef1d9db
+# %% ../nbs/01_data.ipynb #a95f953f
 def decode(
     data:bytes, # An image file's content
     size:int, # Height and width of the result, in pixels
@@ -105,7 +105,7 @@ def decode(
     "The picture in `data`; raises `OSError` or `ValueError` where there is none"
     with Image.open(BytesIO(data)) as im:
         im = to_rgb(ImageOps.exif_transpose(im))
-    return np.asarray(ImageOps.fit(im, (size, size), Image.BILINEAR)).transpose(2, 0, 1)
+    return np.array(ImageOps.fit(im, (size, size), Image.BILINEAR)).transpose(2, 0, 1)
 
 # %% ../nbs/01_data.ipynb #7284a30f
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, zipfile.BadZipFile, RuntimeError, Image.DecompressionBombError)
@@ -168,7 +168,7 @@ def decode_all(self:Images,
     self.names = good
     return x[:len(good)]
 
-# %% ../nbs/01_data.ipynb #944e194b
+# %% ../nbs/01_data.ipynb #0ccb172e
 @patch
 def decode_some(self:Images,
     idxs, # Indices of pictures
@@ -177,7 +177,7 @@ def decode_some(self:Images,
     def one(i):
         for j in range(len(self)):
             o = try_decode(self.files, self.names[(i + j) % len(self)], self.size)
-            if not isinstance(o, str): return torch.from_numpy(o.copy())
+            if not isinstance(o, str): return torch.from_numpy(o)
             report_bad([o], len(self), self.on_bad)
     with ThreadPoolExecutor(workers()) as ex: return torch.stack(list(ex.map(one, idxs)))
 
