@@ -234,7 +234,7 @@ def visualize_diffusion(
     print(f"forward_diffusion.png and backward_diffusion.png are in {folder}")
     return tuple(figs.values())
 
-# %% ../nbs/12_train.ipynb #868e68e0
+# %% ../nbs/12_train.ipynb #fed1e4f6
 def sample_diffusion(
     load_path:str='./results/model.pt', # Checkpoint of the model
     n:int=16, # How many images
@@ -249,6 +249,7 @@ def sample_diffusion(
     check_int('n', n); pick_sampler(sampler, steps, eta)
     seed_everything(seed)
     d, folder, i = load_diffusion(load_path, device), Path(save_folder).expanduser(), 0
+    ddim_times(d.num_timesteps, steps)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for batch in sample_batches(d, n, sampler=sampler, steps=steps, eta=eta, progress=True):

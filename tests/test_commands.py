@@ -1,0 +1,53 @@
+"The commands, as processes: what they leave, and how they refuse."
+import json
+import pytest
+from PIL import Image
+from conftest import TINY
+
+
+def test_train_sample_visualize(call, pics, tmp_path):
+    r = call('ddpm_train', '--data_path', pics, '--train_steps', 4, '--save_and_sample_every', 2, *TINY)
+    assert r.returncode == 0, r.stderr
+    assert 'Epoch 2/2' in r.stdout and '4 steps done' in r.stdout
+    left = {p.name for p in (tmp_path/'results').iterdir()}
+    assert left == {'config.json', 'loss.csv', 'loss.png', 'model.pt', 'sample_1.png', 'sample_2.png'}
+    assert json.loads((tmp_path/'results/config.json').read_text())['unet_dim_mults'] == [1, 2]
+
+    r = call('ddpm_sample', '--n', 3, '--sampler', 'ddim', '--steps', 2)
+    assert r.returncode == 0, r.stderr
+    assert Image.open(tmp_path/'samples/00002.png').size == (16, 16)
+
+    r = call('ddpm_visualize', '--data_path', pics, '--n_samples', 2)
+    assert r.returncode == 0, r.stderr
+    assert (tmp_path/'results/backward_diffusion.png').stat().st_size > 1000
+
+
+@pytest.mark.parametrize('name, flags', [('ddpm_train', ['--learning_rate', '--unet_dim_mults', '--dataloader_workers']),
+    ('ddpm_sample', ['--load_path', '--eta']), ('ddpm_visualize', ['--time_steps']), ('ddpm_data', ['--dest', 'what'])])
+def test_help_shows_every_flag_with_its_meaning(call, name, flags):
+    r = call(name, '--help')
+    assert r.returncode == 0
+    assert all(f in r.stdout for f in flags)
+
+
+@pytest.mark.parametrize('name, args, says', [
+    ('ddpm_train', ['--data_path', 'nowhere'], "data_path: found 'nowhere', which does not exist"),
+    ('ddpm_train', ['--data_class', 'cow'], "data_class: found 'cow'"),
+    ('ddpm_train', ['--train_steps', '0'], 'train_steps: found 0'),
+    ('ddpm_train', ['--learning_rate', '-1'], 'learning_rate: found -1.0'),
+    ('ddpm_train', ['--image_size', '30'], 'image_size: found 30; allowed: a multiple of 8'),
+    ('ddpm_train', ['--unet_dim', '12'], 'dim: found 12'),
+    ('ddpm_train', ['--unet_dim_mults', 'x'], 'unet_dim_mults'),
+    ('ddpm_train', ['--load_path', 'none.pt'], 'none.pt: found no file'),
+    ('ddpm_train', ['--device', 'abacus'], "device: found 'abacus'"),
+    ('ddpm_sample', [], 'model.pt: found no file'),
+    ('ddpm_visualize', [], 'model.pt: found no file'),
+    ('ddpm_data', ['moon'], "what: found 'moon'"),
+    ('ddpm_data', ['afhq', '--url', 'ftp://x'], "address: found 'ftp://x'"),
+])
+def test_refusals_are_one_line_and_exit_with_2(call, tmp_path, name, args, says):
+    r = call(name, *args)
+    assert r.returncode == 2
+    assert says in r.stderr and 'Traceback' not in r.stderr
+    assert r.stderr.strip().splitlines()[-1].startswith(name)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,65 @@
+"Image files as they come: every mode and format, and files that are none."
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_nb.core import BadInput
+from ddpm_nb.data import Files, Images, decode, image_dls
+
+rng = np.random.RandomState(0)
+RGB = Image.fromarray(rng.randint(0, 256, (40, 40, 3), dtype=np.uint8))
+GOOD = {
+    'grey.png': RGB.convert('L'), 'one_bit.png': RGB.convert('1'), 'palette.png': RGB.convert('P'), 'rgba.png': RGB.convert('RGBA'),
+    'grey_alpha.png': RGB.convert('LA'), 'cmyk.jpg': RGB.convert('CMYK'), 'cmyk.tif': RGB.convert('CMYK'), 'float.tif': Image.fromarray(rng.rand(40, 40).astype(np.float32)*255),
+    'deep.png': Image.fromarray(rng.randint(0, 65536, (40, 40)).astype(np.uint16)), 'wide.png': RGB.resize((90, 20)), 'tall.jpg': RGB.resize((5, 200)),
+    'pixel.png': RGB.resize((1, 1)), 'web.webp': RGB, 'windows.bmp': RGB, 'UPPER.JPG': RGB,
+}
+
+
+@pytest.fixture(scope='module')
+def odd(tmp_path_factory):
+    path = tmp_path_factory.mktemp('odd')
+    for name,im in GOOD.items(): im.save(path/name)
+    RGB.save(path/'moving.gif', save_all=True, append_images=[RGB.rotate(90), RGB.rotate(180)])
+    RGB.convert('P').save(path/'clear.png', transparency=0)
+    return path
+
+
+def test_every_mode_and_size_becomes_rgb(odd):
+    f = Files(odd)
+    assert len(f.names) == len(GOOD) + 2
+    x = Images(f, f.names, 35).x
+    assert x.shape == (len(f.names), 3, 35, 35)
+    flat = [n for n,o in zip(f.names, x) if o.float().std() < 5 and n not in ('pixel.png', 'float.tif')]
+    assert flat == []
+
+
+def test_they_train(odd):
+    dls = image_dls(odd, data_class='all', batch_size=4, device='cpu')
+    assert dls.one_batch()[0].shape == (4, 3, 32, 32)
+
+
+@pytest.mark.parametrize('content', [b'', b'no image', b'\x89PNG\r\n\x1a\n', b'GIF89a', b'\xff\xd8\xff\xe0' + b'\0'*50])
+def test_no_image(odd, tmp_path, content):
+    for i in range(3): (tmp_path/f'{i}.jpg').write_bytes((odd/'UPPER.JPG').read_bytes())
+    (tmp_path/'x.jpg').write_bytes(content)
+    with pytest.raises(BadInput, match=r'1 of 4 images unreadable: x\.jpg'): Images(Files(tmp_path), Files(tmp_path).names, 35)
+
+
+@pytest.mark.parametrize('name', ['grey.png', 'UPPER.JPG', 'web.webp', 'moving.gif', 'cmyk.tif'])
+def test_truncated_anywhere_is_never_a_crash(odd, name):
+    data = (odd/name).read_bytes()
+    for n in np.linspace(1, len(data) - 1, 30).astype(int):
+        try: x = decode(data[:n], 35)
+        except (OSError, ValueError, SyntaxError, EOFError): continue
+        assert x.shape == (3, 35, 35)
+
+
+def test_camera_turn_is_followed(tmp_path):
+    im = Image.new('RGB', (40, 40), 'black')
+    im.paste('white', (0, 0, 40, 20))
+    exif = Image.Exif()
+    exif[0x112] = 3
+    im.save(tmp_path/'a.png', exif=exif)
+    x = decode((tmp_path/'a.png').read_bytes(), 35)
+    assert x[:, 2].mean() < 50 and x[:, -3].mean() > 200
