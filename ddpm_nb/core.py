@@ -6,8 +6,8 @@
 __all__ = ['BadInput', 'refuse', 'check_int', 'check_float', 'command', 'extract', 'normalize_to_neg_one_to_one',
            'unnormalize_to_zero_to_one', 'best_device', 'seed_everything']
 
-# %% ../nbs/00_core.ipynb #9580e11d
-import random, sys
+# %% ../nbs/00_core.ipynb #ab97d8a9
+import random, sys, warnings
 from functools import wraps
 
 import numpy as np, torch
@@ -65,6 +65,9 @@ def command(
             print(f'{name or f.__name__}: {e}', file=sys.stderr)
             sys.exit(2)
     return call_parse(_f)
+
+# %% ../nbs/00_core.ipynb #0884629d
+warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
 
 # %% ../nbs/00_core.ipynb #c30a37c1
 def extract(

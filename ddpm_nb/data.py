@@ -6,12 +6,14 @@
 __all__ = ['EXTS', 'UNREADABLE', 'is_image_name', 'Files', 'splits', 'pick_names', 'to_rgb', 'decode', 'try_decode', 'report_bad',
            'Images', 'workers', 'crop', 'train_view', 'eval_view', 'View', 'ImageDL', 'image_dls']
 
-# %% ../nbs/01_data.ipynb #e7576fc6
+# %% ../nbs/01_data.ipynb #8a97cdf4
 import math, os, sys, zipfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path, PurePosixPath
+
+from .core import *
 
 import numpy as np, torch
 from fastai.data.core import DataLoaders, TfmdDL
@@ -21,8 +23,6 @@ from fasttransform import Transform
 from fastprogress.fastprogress import progress_bar
 from PIL import Image, ImageOps
 from torch import Tensor
-
-from .core import *
 
 # %% ../nbs/01_data.ipynb #4923ae1f
 EXTS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')

@@ -6,10 +6,12 @@
 __all__ = ['DDPMCallback', 'ema_average', 'EMACallback', 'BF16', 'fast_bf16', 'StepLoss', 'CheckpointCallback', 'GridCallback',
            'DDPMLearner', 'ddpm_learner']
 
-# %% ../nbs/10_learner.ipynb #2bdc7da9
+# %% ../nbs/10_learner.ipynb #6b81c4d5
 import csv, math
 from functools import partial
 from pathlib import Path
+
+from .core import *
 
 import torch
 from fastai.callback.fp16 import MixedPrecision
@@ -26,7 +28,6 @@ from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel
 from torchvision.utils import make_grid, save_image
 
-from .core import *
 from .data import *
 from .posterior import *
 from .unet import *

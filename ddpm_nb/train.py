@@ -7,16 +7,17 @@ __all__ = ['ddpm_train', 'ddpm_visualize', 'ddpm_sample', 'ddpm_data', 'ints', '
            'train_diffusion', 'check_train', 'start_model', 'same_config', 'run', 'resume_from', 'visualize_diffusion',
            'sample_diffusion', 'get_data']
 
-# %% ../nbs/12_train.ipynb #a4ce8bb8
+# %% ../nbs/12_train.ipynb #241b5c0d
 import json, math, os
 from pathlib import Path
+
+from .core import *
 
 import torch
 from fastai.data.core import DataLoaders
 from fastai.callback.core import Callback
 from torchvision.utils import make_grid, save_image
 
-from .core import *
 from .faces import builtin_faces
 from .afhq import get_afhq
 from .data import *
