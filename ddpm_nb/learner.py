@@ -179,7 +179,7 @@ class DDPMLearner(Learner):
         "`n` new images in [0, 1], by `sample_images`"
         return sample_images(self.averaged, n, **kwargs)
 
-# %% ../nbs/10_learner.ipynb #90161f1a
+# %% ../nbs/10_learner.ipynb #3868f347
 def ddpm_learner(
     dls:DataLoaders, # Images in [-1, 1], as `image_dls` makes them
     dim:int=16, # Channels of the U-Net's first level
@@ -200,7 +200,7 @@ def ddpm_learner(
     own = [DDPMCallback(diffusion)]
     if ema is not None: own.append(EMACallback(ema))
     if check_int('accumulate', accumulate) > 1: own.append(GradientAccumulation(accumulate*bs))
-    opt = partial(OptimWrapper, opt=partial(torch.optim.Adam, fused=True))
+    opt = partial(OptimWrapper, opt=partial(torch.optim.Adam, fused=True, foreach=False))
     learn = DDPMLearner(dls, diffusion.model, **dict(loss_func=nn.L1Loss(), opt_func=opt, lr=check_float('learning_rate', lr, above=True), cbs=own + list(L(cbs))) | kwargs)
     learn.diffusion = diffusion
     return learn

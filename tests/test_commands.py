@@ -1,5 +1,5 @@
 "The commands, as processes: what they leave, and how they refuse."
-import json
+import json, os
 import pytest
 from PIL import Image
 from conftest import TINY
@@ -51,3 +51,11 @@ def test_refusals_are_one_line_and_exit_with_2(call, tmp_path, name, args, says)
     assert says in r.stderr and 'Traceback' not in r.stderr
     assert r.stderr.strip().splitlines()[-1].startswith(name)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('logger, leaves', [('tensorboard', 'tensorboard/events.out.*'), ('wandb', 'wandb/offline-run-*/*.wandb')])
+def test_loggers_write_without_an_account(call, pics, tmp_path, logger, leaves):
+    env = {k: v for k,v in os.environ.items() if not k.startswith('WANDB')} | dict(HOME=str(tmp_path))
+    r = call('ddpm_train', '--data_path', pics, '--train_steps', 2, '--save_and_sample_every', 1, '--logger', logger, *TINY, env=env)
+    assert r.returncode == 0, r.stderr
+    assert sum(p.stat().st_size for p in (tmp_path/'results').glob(leaves)) > 500
