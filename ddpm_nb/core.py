@@ -6,12 +6,12 @@
 __all__ = ['BadInput', 'refuse', 'check_int', 'check_float', 'command', 'extract', 'normalize_to_neg_one_to_one',
            'unnormalize_to_zero_to_one', 'best_device', 'seed_everything']
 
-# %% ../nbs/00_core.ipynb #ab97d8a9
+# %% ../nbs/00_core.ipynb #fd0582b8
 import random, sys, warnings
 from functools import wraps
 
 import numpy as np, torch
-from fastcore.script import call_parse
+from fastcore.script import anno_parser
 
 # %% ../nbs/00_core.ipynb #5ec5cdd4
 class BadInput(ValueError):
@@ -52,19 +52,32 @@ def check_float(
     if not ok: refuse(what, repr(v), f"a number {'above' if above else 'of at least'} {lo:g}" + ('' if hi == float('inf') else f" and below {hi:g}"))
     return float(v)
 
-# %% ../nbs/00_core.ipynb #f638584c
+# %% ../nbs/00_core.ipynb #e71ef4f1
+def read_flags(p, args):
+    "The values that the parser `p` finds in `args`, with `_` and `-` alike in the flags"
+    usage = p.format_usage()
+    def spell(a):
+        flag, eq, v = a.partition('=')
+        if not flag.startswith('--') or flag in usage: return a
+        return '--' + flag[2:].replace(*('_-' if '_' in flag else '-_')) + eq + v
+    return {k: v for k,v in vars(p.parse_args([spell(a) for a in args])).items() if k not in ('pdb', 'xtra')}
+
+# %% ../nbs/00_core.ipynb #ed9e07e7
 def command(
     f, # A function whose parameters have docments; what it returns is dropped
     name:str=None, # Name of the command; the function's by default
-):
+): # A function that parses `sys.argv` when it is called with nothing
     "Make `f` a console command: its parameters become flags, `BadInput` becomes one line and exit code 2"
+    name = name or f.__name__
     @wraps(f)
     def _f(*args, **kwargs):
-        try: f(*args, **kwargs)
+        try:
+            if not (args or kwargs): kwargs = read_flags(anno_parser(f, name), sys.argv[1:])
+            f(*args, **kwargs)
         except BadInput as e:
-            print(f'{name or f.__name__}: {e}', file=sys.stderr)
+            print(f'{name}: {e}', file=sys.stderr)
             sys.exit(2)
-    return call_parse(_f)
+    return _f
 
 # %% ../nbs/00_core.ipynb #0884629d
 warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
