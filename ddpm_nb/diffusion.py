@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Diffusion', 'chunked', 'best_chunk', 'evaluating', 'save_file', 'read_checkpoint', 'load_weights', 'load_diffusion']
 
-# %% ../nbs/07_diffusion.ipynb #35bce729
+# %% ../nbs/07_diffusion.ipynb #f9082701
 import os, pickle
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +19,7 @@ from .core import *
 from .schedule import *
 from .forward import *
 from .posterior import *
+from .elbo import *
 from .unet import *
 
 # %% ../nbs/07_diffusion.ipynb #2a9699b0
@@ -149,6 +150,16 @@ def sample(self:Diffusion,
     "New images out of noise"
     shape = (check_int('batch_size', batch_size), self.channels, self.image_size, self.image_size)
     return self.p_sample_loop(self.noise_like(shape, self.device))
+
+# %% ../nbs/07_diffusion.ipynb #acfc845f
+@patch
+def bits_per_dim(self:Diffusion,
+    x_0:Tensor, # Images of 256 levels in [-1, 1], shape (b, channels, image_size, image_size)
+)->Tensor: # Bits for each number of the image, shape (b,); less is better
+    "The bound on each image's code length (the assignment's Eq. 15)"
+    with evaluating(self):
+        denoise = chunked(self.model, self.chunk)
+        return bits_per_dim(lambda x, t: denoise(x, t).float(), self.schedule, x_0, noise_like=lambda x: self.noise_like(x.shape, x.device))
 
 # %% ../nbs/07_diffusion.ipynb #a149d058
 @patch(as_prop=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .core import *
 from .schedule import *
 
-# %% ../nbs/03_forward.ipynb #994fe248
+# %% ../nbs/03_forward.ipynb #b48e802d
 def q_step(
     sched:Schedule, # The coefficients
     x_prev:Tensor, # x_{t-1}, shape (b, ...)
@@ -20,17 +20,20 @@ def q_step(
     noise:Tensor, # Standard normal, the shape of `x_prev`
 )->Tensor: # x_t, the shape of `x_prev`
     "A sample of one forward step (@eq-step, drawn by @eq-reparam)"
-    check_shapes(x_prev, noise)
+    check_shapes(x_prev, noise, name='x_prev')
     return extract(sched.sqrt_alphas, t, x_prev.shape)*x_prev + extract(sched.sqrt_one_minus_alphas, t, x_prev.shape)*noise
 
-# %% ../nbs/03_forward.ipynb #b85e44e1
+# %% ../nbs/03_forward.ipynb #29f43bd4
 def check_shapes(
     x:Tensor, # Images, shape (b, ...)
     noise:Tensor, # Noise for them
     what:str='noise', # The name of the second argument
+    name:str='x', # The name of the first
 ):
-    "Refuse a `noise` that is not of the shape of `x`"
-    if x.shape != noise.shape: refuse(what, f'shape {tuple(noise.shape)}', f'that of the images, {tuple(x.shape)}')
+    "Refuse a `noise` that is not of the shape of `x`, and values that are not finite"
+    if x.shape != noise.shape: refuse(what, f'shape {tuple(noise.shape)}', f'that of {name}, {tuple(x.shape)}')
+    for k,v in {name: x, what: noise}.items():
+        if v.device.type == 'cpu' and not v.isfinite().all(): refuse(k, f'{int((~v.isfinite()).sum())} values that are NaN or infinite', 'finite numbers')
 
 # %% ../nbs/03_forward.ipynb #efd88d1c
 def q_chain(
@@ -44,7 +47,7 @@ def q_chain(
     for i in range(check_int('tau', tau, 1, len(sched))): x = q_step(sched, x, torch.full((len(x),), i, device=x.device), noise_like(x))
     return x
 
-# %% ../nbs/03_forward.ipynb #2742d7b0
+# %% ../nbs/03_forward.ipynb #7ef615fb
 def q_sample(
     sched:Schedule, # The coefficients
     x_0:Tensor, # Images, shape (b, ...)
@@ -52,5 +55,5 @@ def q_sample(
     noise:Tensor, # Standard normal, the shape of `x_0`
 )->Tensor: # x_t, the shape of `x_0`
     "A sample at step `t` in O(1) (@eq-closed; the assignment's Eq. 13)"
-    check_shapes(x_0, noise)
+    check_shapes(x_0, noise, name='x_0')
     return extract(sched.sqrt_alphas_cumprod, t, x_0.shape)*x_0 + extract(sched.sqrt_one_minus_alphas_cumprod, t, x_0.shape)*noise

@@ -12,7 +12,7 @@ from .core import *
 from .schedule import *
 from .forward import *
 
-# %% ../nbs/04_posterior.ipynb #2ef9c5ca
+# %% ../nbs/04_posterior.ipynb #a4f1e51e
 def q_posterior(
     sched:Schedule, # The coefficients
     x_0:Tensor, # Images, shape (b, ...)
@@ -20,11 +20,11 @@ def q_posterior(
     t:Tensor, # Time indices from 0 to T-1, int64, shape (b,)
 )->tuple[Tensor, Tensor]: # Mean, the shape of `x_0`, and standard deviation, shape (b, 1, ..., 1)
     "Mean and standard deviation of q(x_{t-1} | x_t, x_0) (@eq-posterior; the assignment's Eq. 18)"
-    check_shapes(x_0, x_t, 'x_t')
+    check_shapes(x_0, x_t, 'x_t', 'x_0')
     mean = extract(sched.posterior_mean_coef_xt, t, x_t.shape)*x_t + extract(sched.posterior_mean_coef_x0, t, x_t.shape)*x_0
     return mean, extract(sched.posterior_std, t, x_t.shape)
 
-# %% ../nbs/04_posterior.ipynb #e10154b5
+# %% ../nbs/04_posterior.ipynb #312529ba
 def predict_x0(
     sched:Schedule, # The coefficients
     x_t:Tensor, # Noisy images, shape (b, ...)
@@ -32,10 +32,10 @@ def predict_x0(
     noise:Tensor, # The noise inside them, the shape of `x_t`
 )->Tensor: # x_0, the shape of `x_t`
     "The image that `x_t` comes from if `noise` is its noise (@eq-x0; the assignment's Eq. 19)"
-    check_shapes(x_t, noise)
+    check_shapes(x_t, noise, name='x_t')
     return extract(sched.sqrt_recip_alphas_cumprod, t, x_t.shape)*x_t - extract(sched.sqrt_recipm1_alphas_cumprod, t, x_t.shape)*noise
 
-# %% ../nbs/04_posterior.ipynb #b021ee59
+# %% ../nbs/04_posterior.ipynb #8c1364cf
 def predict_noise(
     sched:Schedule, # The coefficients
     x_t:Tensor, # Noisy images, shape (b, ...)
@@ -43,7 +43,7 @@ def predict_noise(
     x_0:Tensor, # The images they come from, the shape of `x_t`
 )->Tensor: # The noise, the shape of `x_t`
     "The noise inside `x_t` if it comes from `x_0` (@eq-x0 solved for the noise)"
-    check_shapes(x_t, x_0, 'x_0')
+    check_shapes(x_t, x_0, 'x_0', 'x_t')
     return (extract(sched.sqrt_recip_alphas_cumprod, t, x_t.shape)*x_t - x_0)/extract(sched.sqrt_recipm1_alphas_cumprod, t, x_t.shape)
 
 # %% ../nbs/04_posterior.ipynb #24fa4f9f
