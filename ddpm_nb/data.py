@@ -6,7 +6,7 @@
 __all__ = ['EXTS', 'UNREADABLE', 'is_image_name', 'Files', 'splits', 'pick_names', 'to_rgb', 'decode', 'try_decode', 'report_bad',
            'Images', 'workers', 'crop', 'train_view', 'eval_view', 'View', 'ImageDL', 'image_dls']
 
-# %% ../nbs/01_data.ipynb #8a97cdf4
+# %% ../nbs/01_data.ipynb #ca07c1d0
 import math, os, sys, zipfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,6 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.vision.core import TensorImage
 from fastcore.basics import chunked, patch
 from fasttransform import Transform
-from fastprogress.fastprogress import progress_bar
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -148,7 +147,7 @@ class Images:
 
     def __len__(self): return len(self.names)
 
-# %% ../nbs/01_data.ipynb #7a2698fc
+# %% ../nbs/01_data.ipynb #dddac1b6
 def workers(): return min(8, os.cpu_count() or 1)
 
 @patch
@@ -159,7 +158,7 @@ def decode_all(self:Images,
     x, bad, good = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8), [], []
     with ThreadPoolExecutor(workers()) as ex:
         todo = ex.map(lambda o: try_decode(self.files, o, self.size), self.names)
-        for name,o in zip(self.names, progress_bar(todo, total=len(self), display=progress)):
+        for name,o in zip(self.names, bar(todo, progress, len(self))):
             if isinstance(o, str): bad.append(o)
             else:
                 x[len(good)] = torch.from_numpy(o)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DOMAINS', 'faces', 'write_faces', 'builtin_faces']
 
-# %% ../nbs/00a_faces.ipynb #71a559e2
+# %% ../nbs/00a_faces.ipynb #0200b40c
 import math, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import numpy as np, torch
 import torch.nn.functional as F
 from fastcore.xdg import xdg_cache_home
-from fastprogress.fastprogress import progress_bar
 from PIL import Image
 from torch import Tensor
 
@@ -743,7 +742,7 @@ def write_faces(
         finally: shutil.rmtree(tmp, ignore_errors=True)
     return Path(path)
 
-# %% ../nbs/00a_faces.ipynb #422f83eb
+# %% ../nbs/00a_faces.ipynb #48d45386
 def write_split(path, domain, start, n, seed, size, progress):
     "Paint and write `n` pictures in threads of their own"
     path.mkdir(parents=True, exist_ok=True)
@@ -753,7 +752,7 @@ def write_split(path, domain, start, n, seed, size, progress):
     jobs, threads = range(start, start + n, 64), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as ex: list(progress_bar(ex.map(job, jobs), total=len(jobs), display=progress))
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as ex: list(bar(ex.map(job, jobs), progress, len(jobs)))
     finally: torch.set_num_threads(threads)
 
 # %% ../nbs/00a_faces.ipynb #eb811a80

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['SAMPLERS', 'ancestral', 'ddim_step', 'ddim_times', 'ddim', 'pick_sampler', 'sample_batches', 'sample_images']
 
-# %% ../nbs/08_sampling.ipynb #2e10e459
+# %% ../nbs/08_sampling.ipynb #697802b1
 import torch
-from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 
 from .core import *
@@ -92,7 +91,7 @@ def pick_sampler(
     if steps is not None: refuse('steps', steps, 'none with ancestral sampling, which takes all steps; choose sampler ddim')
     return SAMPLERS[name], {}
 
-# %% ../nbs/08_sampling.ipynb #38a107aa
+# %% ../nbs/08_sampling.ipynb #71ad1bfe
 def sample_batches(
     diffusion:Diffusion, # The model
     n:int=16, # How many images
@@ -110,8 +109,7 @@ def sample_batches(
     if noise is not None and noise.shape[1:] != shape: refuse('noise', f'shape {tuple(noise.shape)}', f'(n, {shape[0]}, {shape[1]}, {shape[2]})')
     per = len(ddim_times(diffusion.num_timesteps, steps))
     sizes = [min(size, n - i) for i in range(0, n, check_int('size', size))]
-    bar = progress_bar(range(per*len(sizes)), display=progress)
-    ticks = iter(bar)
+    ticks = iter(bar(range(per*len(sizes)), progress))
     for i,k in enumerate(sizes):
         x = diffusion.noise_like((k, *shape)) if noise is None else noise[i*size:i*size+k].to(diffusion.device)
         with evaluating(diffusion):

@@ -22,8 +22,28 @@ def test_train_sample_visualize(call, pics, tmp_path):
     assert (tmp_path/'results/backward_diffusion.png').stat().st_size > 1000
 
 
+def test_scores_in_training_and_after(call, pics, tmp_path):
+    "The score of a run, of its checkpoint and of a folder of its samples; the reference is computed once"
+    env = os.environ | dict(XDG_CACHE_HOME=str(tmp_path/'cache'))
+    net = ['--network', 'efficientnet-lite0']
+    r = call('ddpm_train', '--data_path', pics, '--train_steps', 2, '--save_and_sample_every', 1, '--fid', '--fid_samples', 8, *net, *TINY, env=env)
+    assert r.returncode == 0, r.stderr
+    assert 'FD (efficientnet-lite0)' in r.stdout
+    assert {'fid.csv', 'fid.png'} <= {p.name for p in (tmp_path/'results').iterdir()}
+    kept, = (tmp_path/'cache/ddpm_nb/features').iterdir()
+    when = kept.stat().st_mtime_ns
+
+    call('ddpm_sample', '--n', 8)
+    scores = [call('ddpm_fid', '--samples', what, '--n', 8, '--data_path', pics, *net, env=env) for what in ('results/model.pt', 'samples')]
+    for r in scores:
+        assert r.returncode == 0, r.stderr
+        assert 'FD (efficientnet-lite0)' in r.stdout and 'from 8 images against 40 real ones; floor' in r.stdout and 'note: 8 images cannot span 1280 features' in r.stdout
+    assert scores[0].stdout.splitlines()[-5:] == scores[1].stdout.splitlines()[-5:]
+    assert kept.stat().st_mtime_ns == when
+
+
 @pytest.mark.parametrize('name, flags', [('ddpm_train', ['--learning_rate', '--unet_dim_mults', '--dataloader_workers']),
-    ('ddpm_sample', ['--load_path', '--eta']), ('ddpm_visualize', ['--time_steps']), ('ddpm_data', ['--dest', 'what'])])
+    ('ddpm_sample', ['--load_path', '--eta']), ('ddpm_visualize', ['--time_steps']), ('ddpm_fid', ['--view', '--infinity']), ('ddpm_data', ['--dest', 'what'])])
 def test_help_shows_every_flag_with_its_meaning(call, name, flags):
     r = call(name, '--help')
     assert r.returncode == 0
@@ -42,6 +62,8 @@ def test_help_shows_every_flag_with_its_meaning(call, name, flags):
     ('ddpm_train', ['--device', 'abacus'], "device: found 'abacus'"),
     ('ddpm_sample', [], 'model.pt: found no file'),
     ('ddpm_visualize', [], 'model.pt: found no file'),
+    ('ddpm_fid', [], 'model.pt: found no file'),
+    ('ddpm_fid', ['--network', 'vgg', '--samples', '.'], 'data_path'),
     ('ddpm_data', ['moon'], "what: found 'moon'"),
     ('ddpm_data', ['afhq', '--url', 'ftp://x'], "address: found 'ftp://x'"),
 ])
