@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BadInput', 'refuse', 'check_int', 'check_float', 'command', 'bar', 'extract', 'normalize_to_neg_one_to_one',
-           'unnormalize_to_zero_to_one', 'best_device', 'fast_bf16', 'seed_everything']
+           'unnormalize_to_zero_to_one', 'best_device', 'fast_bf16', 'use_bf16', 'keep_freed_memory', 'seed_everything']
 
-# %% ../nbs/00_core.ipynb #8ccf0c35
-import random, sys, warnings
+# %% ../nbs/00_core.ipynb #1ab80ea7
+import ctypes, random, sys, warnings
 from functools import wraps
 
 import numpy as np, torch
@@ -137,6 +137,22 @@ def fast_bf16(
     if kind == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
     has = (getattr(torch.cpu, o, lambda: False) for o in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
     return kind == 'cpu' and any(f() for f in has)
+
+# %% ../nbs/00_core.ipynb #5d2c94b2
+def use_bf16(
+    precision:str, # 'fp32', 'bf16', or 'auto': bf16 where the device multiplies it in hardware
+    device='cpu', # Where the model runs
+)->bool: # Compute in bfloat16?
+    "What a `precision` means on a device"
+    if precision not in ('auto', 'fp32', 'bf16'): refuse('precision', repr(precision), 'auto, fp32, bf16')
+    return precision == 'bf16' or precision == 'auto' and fast_bf16(device)
+
+# %% ../nbs/00_core.ipynb #34333eb0
+def keep_freed_memory()->bool: # Was there a setting to make?
+    "Have glibc keep freed memory for the next allocation (its M_MMAP_THRESHOLD and M_TRIM_THRESHOLD)"
+    try: mallopt = ctypes.CDLL('libc.so.6').mallopt
+    except (OSError, AttributeError): return False
+    return all([mallopt(-3, 32*2**20), mallopt(-1, 2**31 - 1)])
 
 # %% ../nbs/00_core.ipynb #531ecab4
 def seed_everything(

@@ -98,13 +98,13 @@ def chunked(
         return torch.cat([denoise(a, b) for a,b in zip(x.split(n), t.split(n))])
     return _f
 
-# %% ../nbs/07_diffusion.ipynb #2049d80a
+# %% ../nbs/07_diffusion.ipynb #c67b56f9
 def best_chunk(
     device, # Where the network runs
     image_size:int, # Height and width of the images, in pixels
 )->int: # Images at a time
     "How many images to ask about at a time: as many as fit a CPU's cache, or fill a GPU"
-    pixels = 2**15 if torch.device(device).type == 'cpu' else 2**20
+    pixels = 2**16 if torch.device(device).type == 'cpu' else 2**20
     return max(1, pixels//image_size**2)
 
 # %% ../nbs/07_diffusion.ipynb #47c0d50e
@@ -120,7 +120,17 @@ def evaluating(
     finally:
         for o,mode in was.items(): o.training = mode
 
-# %% ../nbs/07_diffusion.ipynb #746c235f
+# %% ../nbs/07_diffusion.ipynb #9ff79b8d
+@patch
+def denoise(self:Diffusion,
+    x:Tensor, # Noisy images, shape (b, c, h, w)
+    t:Tensor, # Their time indices, int64, shape (b,)
+    bf16:bool=False, # Run the network in bfloat16?
+)->Tensor: # The guess of the noise, float32
+    "The network's guess, asked for in pieces"
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16): return chunked(self.model, self.chunk)(x, t).float()
+
+# %% ../nbs/07_diffusion.ipynb #64c466a4
 @patch
 def p_sample(self:Diffusion,
     x:Tensor, # Noisy images x_t, shape (b, c, h, w)
@@ -128,7 +138,7 @@ def p_sample(self:Diffusion,
     t_index:int, # The same index as a number; 0 is the last step
 )->Tensor: # A sample of x_{t-1}
     "One step back (Algorithm 2, lines 3 to 9)"
-    with evaluating(self): noise = chunked(self.model, self.chunk)(x, t).float()
+    with evaluating(self): noise = self.denoise(x, t)
     mean, std, _ = p_mean_std(self.schedule, x, t, noise)
     return mean if t_index == 0 else mean + std*self.noise_like(x.shape, x.device)
 
@@ -151,15 +161,14 @@ def sample(self:Diffusion,
     shape = (check_int('batch_size', batch_size), self.channels, self.image_size, self.image_size)
     return self.p_sample_loop(self.noise_like(shape, self.device))
 
-# %% ../nbs/07_diffusion.ipynb #acfc845f
+# %% ../nbs/07_diffusion.ipynb #c330cd2a
 @patch
 def bits_per_dim(self:Diffusion,
     x_0:Tensor, # Images of 256 levels in [-1, 1], shape (b, channels, image_size, image_size)
 )->Tensor: # Bits for each number of the image, shape (b,); less is better
     "The bound on each image's code length (the assignment's Eq. 15)"
     with evaluating(self):
-        denoise = chunked(self.model, self.chunk)
-        return bits_per_dim(lambda x, t: denoise(x, t).float(), self.schedule, x_0, noise_like=lambda x: self.noise_like(x.shape, x.device))
+        return bits_per_dim(self.denoise, self.schedule, x_0, noise_like=lambda x: self.noise_like(x.shape, x.device))
 
 # %% ../nbs/07_diffusion.ipynb #a149d058
 @patch(as_prop=True)

@@ -188,7 +188,7 @@ def read(self:FIDCallback,
     if self.path.exists():
         with self.path.open() as f: self.rows = [r for r in csv.DictReader(f) if int(r['step']) <= last]
 
-# %% ../nbs/10_learner.ipynb #a0f325d7
+# %% ../nbs/10_learner.ipynb #a7e75887
 class DDPMLearner(Learner):
     "A `Learner` that knows its `diffusion` and can sample"
     def to_bf16(self): return self.add_cb(BF16())
@@ -198,7 +198,7 @@ class DDPMLearner(Learner):
         return self.ema.avg.module if hasattr(self, 'ema') and hasattr(self.ema, 'avg') else self.diffusion
     def sample(self, n=16, **kwargs):
         "`n` new images in [0, 1], by `sample_images`"
-        return sample_images(self.averaged, n, **kwargs)
+        return sample_images(self.averaged, n, **({'precision': 'auto'} | kwargs))
     def sample_again(self, n, seed, **kwargs):
         "`n` images from the noise of `seed`; the random state of training stays as it is"
         devs = [self.diffusion.device] if self.diffusion.device.type == 'cuda' else []
@@ -206,7 +206,7 @@ class DDPMLearner(Learner):
             torch.manual_seed(seed)
             return self.sample(n, **kwargs)
 
-# %% ../nbs/10_learner.ipynb #3868f347
+# %% ../nbs/10_learner.ipynb #43123ee3
 def ddpm_learner(
     dls:DataLoaders, # Images in [-1, 1], as `image_dls` makes them
     dim:int=16, # Channels of the U-Net's first level
@@ -216,14 +216,15 @@ def ddpm_learner(
     accumulate:int=2, # Batches in an optimizer step
     ema:float=0.9995, # Largest decay of the average of the weights; None for no average
     schedule:str='cosine', # Name of the noise schedule
+    attention:str='all', # The U-Net's linear attention, on 'all' levels or on 'none'
     diffusion:Diffusion=None, # A model to go on with, in place of a new one
     cbs=None, # More callbacks
     **kwargs # More arguments of `Learner`
 )->DDPMLearner: # Ready to `fit`
     "A fastai `Learner` that trains a denoising diffusion model (Algorithm 1)"
     bs, (c, h, w) = dls.train.bs, dls.one_batch()[0].shape[1:]
-    if diffusion is None: diffusion = Diffusion(Unet(dim, dim_mults=dim_mults, channels=c), image_size=h, channels=c, timesteps=timesteps, schedule=schedule)
-    diffusion.to(dls.device, memory_format=torch.channels_last)
+    if diffusion is None: diffusion = Diffusion(Unet(dim, dim_mults=dim_mults, channels=c, attention=attention), image_size=h, channels=c, timesteps=timesteps, schedule=schedule)
+    diffusion.to(dls.device)
     own = [DDPMCallback(diffusion)]
     if ema is not None: own.append(EMACallback(ema))
     if check_int('accumulate', accumulate) > 1: own.append(GradientAccumulation(accumulate*bs))

@@ -91,7 +91,7 @@ def pick_sampler(
     if steps is not None: refuse('steps', steps, 'none with ancestral sampling, which takes all steps; choose sampler ddim')
     return SAMPLERS[name], {}
 
-# %% ../nbs/08_sampling.ipynb #71ad1bfe
+# %% ../nbs/08_sampling.ipynb #c0307462
 def sample_batches(
     diffusion:Diffusion, # The model
     n:int=16, # How many images
@@ -100,10 +100,11 @@ def sample_batches(
     eta:float=0., # Share of fresh noise with DDIM, from 0 to 1
     noise:Tensor=None, # Noise x_T for `n` images to start from, shape (n, c, h, w); drawn if not given
     size:int=512, # Images in a pass
+    precision:str='fp32', # 'fp32', 'bf16', or 'auto': bf16 where the device multiplies it in hardware
     progress:bool=False, # Show a progress bar?
 ): # Yields images in [0, 1] on the CPU, `size` at a time
     "Passes of new images; memory is bounded by one pass"
-    f, kwargs = pick_sampler(sampler, steps, eta)
+    (f, kwargs), bf16 = pick_sampler(sampler, steps, eta), use_bf16(precision, diffusion.device)
     shape = (diffusion.channels, diffusion.image_size, diffusion.image_size)
     n = check_int('n', n) if noise is None else len(noise)
     if noise is not None and noise.shape[1:] != shape: refuse('noise', f'shape {tuple(noise.shape)}', f'(n, {shape[0]}, {shape[1]}, {shape[2]})')
@@ -113,16 +114,16 @@ def sample_batches(
     for i,k in enumerate(sizes):
         x = diffusion.noise_like((k, *shape)) if noise is None else noise[i*size:i*size+k].to(diffusion.device)
         with evaluating(diffusion):
-            for *_, x, _ in f(chunked(diffusion.model, diffusion.chunk), diffusion.schedule, x, lambda o: diffusion.noise_like(o.shape, o.device), **kwargs):
+            for *_, x, _ in f(lambda x, t: diffusion.denoise(x, t, bf16), diffusion.schedule, x, lambda o: diffusion.noise_like(o.shape, o.device), **kwargs):
                 next(ticks)
         if i == len(sizes) - 1: next(ticks, None)
         yield unnormalize_to_zero_to_one(x.clamp(-1, 1)).cpu()
 
-# %% ../nbs/08_sampling.ipynb #0fea94e0
+# %% ../nbs/08_sampling.ipynb #14f4e190
 def sample_images(
     diffusion:Diffusion, # The model
     n:int=16, # How many images
-    **kwargs # `sampler`, `steps`, `eta`, `noise`, `size`, `progress` of `sample_batches`
+    **kwargs # `sampler`, `steps`, `eta`, `noise`, `size`, `precision`, `progress` of `sample_batches`
 )->Tensor: # Images in [0, 1] on the CPU, shape (n, c, h, w)
     "`n` new images in one tensor"
     return torch.cat(list(sample_batches(diffusion, n, **kwargs)))
