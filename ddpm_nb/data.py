@@ -6,7 +6,7 @@
 __all__ = ['EXTS', 'UNREADABLE', 'is_image_name', 'Files', 'splits', 'pick_names', 'to_rgb', 'decode', 'try_decode', 'report_bad',
            'Images', 'workers', 'crop', 'train_view', 'eval_view', 'View', 'ImageDL', 'image_dls']
 
-# %% ../nbs/01_data.ipynb #ca07c1d0
+# %% ../nbs/01_data.ipynb #9514f95c
 import math, os, sys, zipfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ from .core import *
 import numpy as np, torch
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.vision.core import TensorImage
-from fastcore.basics import chunked, patch
+from fastcore.basics import chunked, noop, patch
 from fasttransform import Transform
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -229,15 +229,22 @@ class View(Transform):
     def encodes(self, x:TensorImage): return TensorImage((train_view if self.train else eval_view)(x.as_subclass(Tensor), self.size))
     def decodes(self, x:TensorImage): return unnormalize_to_zero_to_one(x).clamp(0, 1)
 
-# %% ../nbs/01_data.ipynb #3cfa7076
+# %% ../nbs/01_data.ipynb #a6d2877f
 class ImageDL(TfmdDL):
     "A loader that takes whole batches from `Images`"
-    def __init__(self, dataset, bs=32, num_workers=0, **kwargs): super().__init__(dataset, bs=bs, num_workers=0, **kwargs)
-    def create_batches(self, samps): return (self.dataset[b] for b in chunked(samps, self.bs, self.drop_last))
+    def __init__(self, dataset, bs=32, num_workers=0, **kwargs):
+        super().__init__(dataset, bs=bs, num_workers=0, **kwargs)
+        self.skip, self.on_start = 0, noop
+    def create_batches(self, samps):
+        if not getattr(self, '_types', None): self._one_pass() # fastai's look at one picture, which draws random numbers
+        on_start, self.on_start = self.on_start, noop
+        on_start()
+        yield from (self.dataset[b] for b in chunked(samps, self.bs, self.drop_last))
     def get_idxs(self):
-        if not self.shuffle: return list(range(self.n))
+        skip, self.skip = self.skip*self.bs, 0
+        if not self.shuffle: return list(range(self.n))[skip:]
         passes = math.ceil(self.n/len(self.dataset))
-        return [i for _ in range(passes) for i in self.shuffle_fn(range(len(self.dataset)))][:self.n]
+        return [i for _ in range(passes) for i in self.shuffle_fn(range(len(self.dataset)))][skip:self.n]
 
 # %% ../nbs/01_data.ipynb #81e4d24f
 def image_dls(

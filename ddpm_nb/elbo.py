@@ -83,18 +83,23 @@ def p_joint(
     order = torch.arange(len(g.mean)).view(-1, d).flip(0).flatten()
     return Gaussian(g.mean[order], g.cov[order][:, order])
 
-# %% ../nbs/05_elbo.ipynb #2449d97a
+# %% ../nbs/05_elbo.ipynb #d6637e4b
+def check_steps(sched, reverse):
+    "Refuse a model of another length than the schedule"
+    if len(reverse) != len(sched): refuse('reverse', f'{len(reverse)} steps', f'{len(sched)}, as the schedule has')
+
+# %% ../nbs/05_elbo.ipynb #b3fd543c
 def elbo_joint(
     data:Gaussian, # The distribution of x_0
     sched:Schedule, # The coefficients, float64
     reverse:list, # The model's `Linear` steps, one for each step of `sched`
 )->Tensor: # The bound, averaged over the data, in nats
     "The ELBO from the two joint distributions (@eq-route1; the assignment's Eq. 7)"
-    if len(reverse) != len(sched): refuse('reverse', f'{len(reverse)} steps', f'{len(sched)}, as the schedule has')
+    check_steps(sched, reverse)
     q = q_joint(data, sched)
     return expect_log(p_joint(reverse), q) - expect_log(q, q) + expect_log(data, data)
 
-# %% ../nbs/05_elbo.ipynb #da82820d
+# %% ../nbs/05_elbo.ipynb #0b3b827e
 def q_pair(
     data:Gaussian, # The distribution of x_0, d numbers
     sched:Schedule, # The coefficients, float64
@@ -102,6 +107,7 @@ def q_pair(
     t:int, # A later one, up to T
 )->Gaussian: # x_s and x_t, 2d numbers
     "The joint distribution of the image at two times (@eq-pair-moments)"
+    check_int('s', s, 0, len(sched) - 1); check_int('t', t, s + 1, len(sched))
     abar, eye = [1., *sched.alphas_cumprod], torch.eye(len(data.mean), dtype=torch.float64)
     vs, vt = (abar[i]*data.cov + (1 - abar[i])*eye for i in (s, t))
     cross = (abar[t]/abar[s])**.5*vs
@@ -116,13 +122,14 @@ def expect_log_step(
     M = torch.cat([torch.eye(len(s.b), dtype=torch.float64), -s.A], 1)
     return expect_log(Gaussian(torch.zeros_like(s.b), s.cov), Gaussian(M@yx.mean - s.b, M@yx.cov@M.T))
 
-# %% ../nbs/05_elbo.ipynb #260b992a
+# %% ../nbs/05_elbo.ipynb #fd4103ef
 def elbo_steps(
     data:Gaussian, # The distribution of x_0
     sched:Schedule, # The coefficients, float64
     reverse:list, # The model's `Linear` steps, one for each step of `sched`
 )->tuple[Tensor, Tensor, Tensor]: # The reconstruction term; L_t for t = 1, ..., T-1; C. In nats
     "The three parts of the bound, averaged over the data (@eq-elbo-steps; the assignment's Eq. 8)"
+    check_steps(sched, reverse)
     T, d = len(sched), len(data.mean)
     log_p = torch.stack([expect_log_step(reverse[t], q_pair(data, sched, t, t+1)) for t in range(T)]) # of x_t given x_{t+1}
     log_q = -d/2*(2*math.pi*math.e*(1 - sched.alphas)).log() # of x_t given x_{t-1}, for t = 1, ..., T
@@ -130,7 +137,7 @@ def elbo_steps(
     prior = expect_log(Gaussian(torch.zeros_like(data.mean), torch.eye(d, dtype=torch.float64)), Gaussian(x_T.mean[d:], x_T.cov[d:, d:]))
     return log_p[0], log_q[:-1] - log_p[1:], prior - log_q[-1]
 
-# %% ../nbs/05_elbo.ipynb #dc07afc5
+# %% ../nbs/05_elbo.ipynb #c6b35563
 def kl_step(
     data:Gaussian, # The distribution of x_0
     sched:Schedule, # The coefficients, float64
@@ -138,20 +145,21 @@ def kl_step(
     t:int, # The paper's time, from 2 to T
 )->Tensor: # L'_t, in nats
     "The mean divergence of the model's step from the posterior (@eq-route3)"
-    i, d, pair = t - 1, len(data.mean), q_pair(data, sched, 0, t)
+    i, d, pair = check_int('t', t, 2, len(sched)) - 1, len(data.mean), q_pair(data, sched, 0, t)
     eye, var = torch.eye(d, dtype=torch.float64), sched.posterior_variance[i]
     M = torch.cat([sched.posterior_mean_coef_x0[i]*eye, sched.posterior_mean_coef_xt[i]*eye - step.A], 1)
     mean, cov = M@pair.mean - step.b, M@pair.cov@M.T
     spread = torch.linalg.solve(step.cov, var*eye + cov + torch.outer(mean, mean)).trace()
     return (torch.logdet(step.cov) - d*var.log() - d + spread)/2
 
-# %% ../nbs/05_elbo.ipynb #2ce7d802
+# %% ../nbs/05_elbo.ipynb #eed1311d
 def elbo_kl(
     data:Gaussian, # The distribution of x_0
     sched:Schedule, # The coefficients, float64
     reverse:list, # The model's `Linear` steps, one for each step of `sched`
 )->tuple[Tensor, Tensor, Tensor]: # The reconstruction term; L'_t for t = 2, ..., T; C'. In nats
     "The three parts of the bound, averaged over the data (@eq-elbo-kl; the assignment's Eq. 15)"
+    check_steps(sched, reverse)
     T, d, ab = len(sched), len(data.mean), sched.alphas_cumprod[-1]
     rec = expect_log_step(reverse[0], q_pair(data, sched, 0, 1))
     kls = [kl_step(data, sched, reverse[t-1], t) for t in range(2, T+1)]

@@ -43,24 +43,24 @@ class Features:
     @cached_property
     def cov(self): return self.rows.T@self.rows
 
-# %% ../nbs/09_fid.ipynb #3b52f7a0
+# %% ../nbs/09_fid.ipynb #b4f588ee
 @patch(as_prop=True)
 def root(self:Features):
-    "A matrix whose square is the covariance: the rows where they are few, else the symmetric root"
+    "R with R.T@R the covariance: the rows where they are few, else the symmetric root"
     if len(self) <= self.dim: return self.rows
     if not hasattr(self, '_root'):
         l, v = torch.linalg.eigh(self.cov)
         self._root = (v*l.clamp(min=0).sqrt())@v.T
     return self._root
 
-# %% ../nbs/09_fid.ipynb #4533c61a
+# %% ../nbs/09_fid.ipynb #71b3d361
 def frechet_distance(
     a:Features, # One set
     b:Features, # The other, of as many features
 )->float: # The squared distance, 0 for equal means and covariances
     "The Fréchet distance of two sets of features, each seen as a Gaussian (@eq-frechet, @eq-low-rank; Heusel et al. 2017)"
     if a.dim != b.dim: refuse('features', f'{a.dim} and {b.dim} a picture', 'the same network for both')
-    small, large = (a, b) if len(a) <= len(b) else (b, a)
+    small, large = (a, b) if len(a) <= min(len(b), a.dim) else (b, a) # the reference's root is kept
     l = torch.linalg.eigvalsh(small.root@large.cov@small.root.T)
     cross = l.clamp(min=0).sqrt().sum()
     traces = sum((o.rows**2).sum() for o in (a, b))
@@ -224,12 +224,13 @@ def kernel_sums(
     s = torch.cat([k(x, b.x).sum(1, dtype=torch.float64) for x in a.x.split(2048)])
     return s - ((a.x.float()**2).sum(1).double()/a.dim + 1)**3 if a is b else s
 
-# %% ../nbs/09_fid.ipynb #06ce0159
+# %% ../nbs/09_fid.ipynb #7b8a7bca
 def kid(
     a:Features, # Of generated images
     b:Features, # Of real ones
 )->tuple[float, float]: # The value, and its standard error by the jackknife
     "Kernel inception distance, unbiased (@eq-kid; Bińkowski et al. 2018)"
+    if a is b: b = Features(b.x) # the cross term keeps its diagonal
     m, n = len(a), len(b)
     if min(m, n) < 3: refuse('features', f'{min(m, n)} images', 'at least 3 for KID')
     if not hasattr(b, '_kk'): b._kk = kernel_sums(b, b)
@@ -286,14 +287,14 @@ def save_features(
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix='.tmp', delete=False) as o: np.save(o, f.x.numpy())
     os.replace(o.name, path)
 
-# %% ../nbs/09_fid.ipynb #c443454d
+# %% ../nbs/09_fid.ipynb #74a76341
 def reference(
     data_path, # A folder or zip file of real images, in AFHQ's layout or any other
     net:Network, # The network
     image_size:int=32, # Height and width of the model's images, in pixels
     data_class:str='cat', # A domain such as 'cat', or 'all'
     split:str='train', # 'train' or 'val'
-    view:str='eval', # 'eval' for the view that training knows, 'none' to take the images as they are
+    view:str='eval', # 'eval' for the view that training knows, 'none' to take the images as they are (`data_class` and `split` then do not count)
     n:int=None, # How many of them; all by default
     on_bad:str='error', # What to do about unreadable images, 'error' or 'skip'
     device=None, # Where the network runs; the best one by default
@@ -322,23 +323,25 @@ def keep(f, path):
     try: save_features(f, path)
     except OSError as e: print(f'{path.parent}: no way to keep the features there ({e.strerror})', file=sys.stderr)
 
-# %% ../nbs/09_fid.ipynb #7be8ba04
+# %% ../nbs/09_fid.ipynb #e0fd9a65
 def fid_floor(
     b:Features, # Of real images
     n:int, # How many samples a score is made of
     draws:int=3, # Random draws to average over
     seed:int=0, # Of the draws
 )->tuple[float, int]: # The distance of real from real images, and how many were drawn
-    "What real images score against other real images, at `n` or at half the reference if that is less"
+    "What real images score against the rest of the reference, at `n` or at half of it if that is less; slightly too high, as the rest is smaller than the whole"
     n, g = min(n, len(b)//2), torch.Generator().manual_seed(seed)
     if n < 2: return float('nan'), n
     ps = [torch.randperm(len(b), generator=g) for _ in range(draws)]
     return float(np.mean([frechet_distance(Features(b.x[p[:n]]), Features(b.x[p[n:]])) for p in ps])), n
 
-# %% ../nbs/09_fid.ipynb #ca727b33
+# %% ../nbs/09_fid.ipynb #8e8cd848
 class Score(dict):
     "A distance with what it is worth: `value`, `floor`, `n`, `n_real`, `network`, and more"
-    __getattr__ = dict.__getitem__
+    def __getattr__(self, k):
+        try: return self[k]
+        except KeyError: raise AttributeError(k) from None
 
     def __repr__(self):
         v, f = self['value'], self['floor']

@@ -6,19 +6,19 @@
 __all__ = ['DDPMCallback', 'ema_average', 'EMACallback', 'BF16', 'StepLoss', 'CheckpointCallback', 'GridCallback', 'FIDCallback',
            'DDPMLearner', 'ddpm_learner']
 
-# %% ../nbs/10_learner.ipynb #80d1f8c3
+# %% ../nbs/10_learner.ipynb #80f0d56f
 import csv, math
 from functools import partial
 from pathlib import Path
 
 from .core import *
 
-import torch
+import numpy as np, torch
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Recorder, ValueMetric
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelEpochException, CancelFitException
 import fastai.callback.progress
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import show_images
@@ -131,15 +131,55 @@ def read(self:StepLoss,
     if self.path.exists():
         with self.path.open() as f: self.rows = [[int(r['step']), float(r['loss']), r['held_out']] for r in csv.DictReader(f) if int(r['step']) <= last]
 
-# %% ../nbs/10_learner.ipynb #9706d703
+# %% ../nbs/10_learner.ipynb #ff41bdef
 class CheckpointCallback(Callback):
-    "Save `model.pt` at the end of each epoch"
+    "Save `model.pt` at the end of each epoch, or where training is asked to stop"
     order = Recorder.order + 2
-    def __init__(self, folder): self.path = Path(folder)/'model.pt'
+    def __init__(self, folder): self.path, self.going_on, self.stop = Path(folder)/'model.pt', None, None
     def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')
-    def after_epoch(self):
-        ema = getattr(self.learn, 'ema', None)
-        self.learn.diffusion.save(self.path, self.learn.ddpm.steps, ema and ema.avg.module)
+    def before_train(self):
+        self.batch, dl = 0, self.dls.train
+        if self.going_on: self.go_on(dl)
+        self.data_order = dl.rng.getstate()
+    def after_batch(self): self.batch += self.training
+    def after_epoch(self): self.save(0)
+    def after_step(self):
+        if self.stop is None: return
+        self.save(self.batch + 1)
+        if hasattr(self.learn, 'step_loss'): self.learn.step_loss.write()
+        raise CancelFitException
+
+# %% ../nbs/10_learner.ipynb #0c1d98fc
+def plain_values(o):
+    "`o` with NumPy's scalars, which schedules leave behind, as Python's numbers"
+    if isinstance(o, dict): return {k: plain_values(v) for k,v in o.items()}
+    if isinstance(o, (list, tuple)): return type(o)(map(plain_values, o))
+    return o.item() if isinstance(o, np.generic) else o
+
+# %% ../nbs/10_learner.ipynb #18c945b1
+@patch
+def save(self:CheckpointCallback,
+    batch:int, # Batches of the epoch that are done; 0 at the end of an epoch
+):
+    "Write the model, its average and all that training needs to go on"
+    l, ema = self.learn, getattr(self.learn, 'ema', None)
+    train = dict(opt=plain_values(l.opt.state_dict()), random=random_states(), epoch=l.epoch + (not batch), batch=batch,
+                 data_order=self.data_order if batch else self.dls.train.rng.getstate(), iter=l.train_iter + 1, pct=float(l.pct_train + 1/(l.n_iter*l.n_epoch)))
+    l.diffusion.save(self.path, l.ddpm.steps, ema and ema.avg.module, train=train)
+
+# %% ../nbs/10_learner.ipynb #74949cc9
+@patch
+def go_on(self:CheckpointCallback,
+    dl, # The loader of training images, about to begin an epoch
+):
+    "Put the optimizer, the generators and the loader where they were"
+    s, self.going_on = self.going_on, None
+    self.learn.opt.load_state_dict(s['opt'])
+    dl.rng.setstate(s['data_order'])
+    if not s['batch']: return set_random_states(s['random'])
+    self.learn.pct_train, self.learn.train_iter = s['pct'], s['iter']
+    self.batch = dl.skip = s['batch']
+    dl.on_start = lambda: set_random_states(s['random'])
 
 # %% ../nbs/10_learner.ipynb #15790fe9
 class GridCallback(Callback):
@@ -188,9 +228,13 @@ def read(self:FIDCallback,
     if self.path.exists():
         with self.path.open() as f: self.rows = [r for r in csv.DictReader(f) if int(r['step']) <= last]
 
-# %% ../nbs/10_learner.ipynb #a7e75887
+# %% ../nbs/10_learner.ipynb #a2e8fbb9
 class DDPMLearner(Learner):
-    "A `Learner` that knows its `diffusion` and can sample"
+    "A `Learner` that knows its `diffusion`, can sample, and can go on in the midst of a run"
+    first_epoch = 0
+    def _do_fit(self):
+        if hasattr(self, 'progress') and getattr(self.progress, 'mbar', None): self.progress.mbar.update(0) # a bar that does not begin at 0 has no start
+        for self.epoch in range(self.first_epoch, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
     def to_bf16(self): return self.add_cb(BF16())
     @property
     def averaged(self):
@@ -232,6 +276,22 @@ def ddpm_learner(
     learn = DDPMLearner(dls, diffusion.model, **dict(loss_func=nn.L1Loss(), opt_func=opt, lr=check_float('learning_rate', lr, above=True), cbs=own + list(L(cbs))) | kwargs)
     learn.diffusion = diffusion
     return learn
+
+# %% ../nbs/10_learner.ipynb #f15a8d85
+@patch
+def go_on(self:DDPMLearner,
+    ckpt:dict, # What `read_checkpoint` returned
+):
+    "Make the next `fit` go on from a checkpoint as if training had not stopped"
+    if 'train' not in ckpt: refuse('checkpoint', 'no state of training', 'a checkpoint that ddpm_train wrote')
+    load_weights(self.diffusion, ckpt)
+    if 'ema' in ckpt and hasattr(self, 'ema'):
+        self.ema.make()
+        load_weights(self.ema.avg.module, ckpt, 'ema')
+        self.ema.avg.n_averaged.fill_(ckpt['step'])
+    self.ddpm.steps, self.first_epoch, self.checkpoint.going_on = ckpt['step'], ckpt['train']['epoch'], ckpt['train']
+    for cb in ('step_loss', 'fid'):
+        if hasattr(self, cb): getattr(self, cb).read(ckpt['step'])
 
 # %% ../nbs/10_learner.ipynb #5cf1426b
 @patch

@@ -46,14 +46,14 @@ def predict_noise(
     check_shapes(x_t, x_0, 'x_0', 'x_t')
     return (extract(sched.sqrt_recip_alphas_cumprod, t, x_t.shape)*x_t - x_0)/extract(sched.sqrt_recipm1_alphas_cumprod, t, x_t.shape)
 
-# %% ../nbs/04_posterior.ipynb #24fa4f9f
+# %% ../nbs/04_posterior.ipynb #034e9d64
 def p_mean_std(
     sched:Schedule, # The coefficients
     x_t:Tensor, # Noisy images, shape (b, ...)
     t:Tensor, # Time indices from 0 to T-1, int64, shape (b,)
     noise:Tensor, # The model's guess of the noise inside them, the shape of `x_t`
     clamp:bool=True, # Clamp the guess of the image to [-1, 1] (line 6)
-)->tuple[Tensor, Tensor, Tensor]: # Mean, standard deviation, and the guess of x_0
+)->tuple[Tensor, Tensor, Tensor]: # Mean, the shape of `x_t`; standard deviation, shape (b, 1, ..., 1); guess of x_0, the shape of `x_t`
     "The model's p(x_{t-1} | x_t) (Algorithm 2, lines 5 to 8)"
     x_0 = predict_x0(sched, x_t, t, noise)
     if clamp: x_0 = x_0.clamp(-1, 1)

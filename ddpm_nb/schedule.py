@@ -125,11 +125,11 @@ class Schedule(nn.Module):
 # %% ../nbs/02_schedule.ipynb #fde98ee3
 SCHEDULES = dict(cosine=cosine_schedule, linear=linear_schedule, sigmoid=sigmoid_schedule)
 
-# %% ../nbs/02_schedule.ipynb #232c00c3
+# %% ../nbs/02_schedule.ipynb #b71b8a73
 def make_schedule(
     name:str='cosine', # One of the keys of `SCHEDULES`
     timesteps:int=50, # Number of steps T
-    **kwargs
+    **kwargs # Arguments of that schedule, such as `s` of the cosine
 )->Schedule: # The coefficients, as float32 buffers
     "The schedule of that name"
     if name not in SCHEDULES: refuse('schedule', repr(name), ', '.join(SCHEDULES))

@@ -1,0 +1,215 @@
+"""Our networks and the peers' on the same work, in turn A B A B, medians and ratios.
+
+    pip install -e '.[bench]'
+    python benchmarks/bench.py                                   # step, sampling, memory, growth and score: about 25 minutes on 2 cores
+    python benchmarks/bench.py --what quality --data animals.zip # time to a held-out loss: about 10 minutes more
+
+Each line of work runs in a process of its own for each competitor and round. A competitor's setting (precision and memory layout, and for
+sampling the images at a time) is the best of those tried, ours included. Results go to results.json, with a description of the machine.
+"""
+import json, os, platform, resource, statistics, subprocess, sys, tempfile, time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from fastcore.script import call_parse
+
+HERE = Path(__file__).parent
+OURS, PEERS = ('assignment', 'lean'), ('diffusers', 'denoising-diffusion-pytorch')
+STEPS = 50
+
+
+class Sample(torch.nn.Module):
+    "A network of diffusers as a function to its `sample`"
+    def __init__(self, net): super().__init__(); self.net = net
+    def forward(self, x, t): return self.net(x, t).sample
+
+
+def network(name, dim=16, size=32):
+    "A network of that name, as a function of (x, t)"
+    torch.manual_seed(0)
+    if name in OURS:
+        from ddpm_nb.unet import Unet
+        return Unet(dim, attention='all' if name == 'assignment' else 'none')
+    if name == 'diffusers':
+        from diffusers import UNet2DModel
+        return Sample(UNet2DModel(sample_size=size, block_out_channels=(dim, 2*dim, 4*dim, 8*dim), layers_per_block=2, norm_num_groups=8,
+                                  down_block_types=('DownBlock2D',)*3 + ('AttnDownBlock2D',), up_block_types=('AttnUpBlock2D',) + ('UpBlock2D',)*3))
+    from denoising_diffusion_pytorch import Unet
+    return Unet(dim)
+
+
+def medians(f, n=9, warm=3):
+    "Median seconds of `f`"
+    for _ in range(warm): f()
+    ts = []
+    for _ in range(n): start = time.perf_counter(); f(); ts.append(time.perf_counter() - start)
+    return statistics.median(ts)
+
+
+def settings(name):
+    "Pairs of bf16 and channels_last to try; our networks choose their own layout"
+    return [(b, l) for b in (False, True) for l in ((True,) if name in OURS else (False, True))]
+
+
+def step(name, bf16, last, batch=32, size=32, dim=16, n=9):
+    "Seconds of one forward, backward and Adam step"
+    net = network(name, dim, size)
+    if last: net.to(memory_format=torch.channels_last)
+    opt = torch.optim.Adam(net.parameters(), 1e-3, fused=True)
+    x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    noise, t = torch.randn_like(x), torch.randint(0, STEPS, (batch,))
+    def f():
+        with torch.autocast('cpu', torch.bfloat16, enabled=bf16): loss = F.l1_loss(net(x, t).float(), noise)
+        loss.backward(); opt.step(); opt.zero_grad()
+    return medians(f, n)
+
+
+def sample(name, bf16, last, chunk, images=512, steps=STEPS):
+    "Seconds an image for `images` of them by `steps` reverse steps, `chunk` at a time"
+    from ddpm_nb.schedule import make_schedule
+    from ddpm_nb.posterior import p_mean_std
+    net, sched = network(name).eval(), make_schedule(timesteps=STEPS)
+    if last: net.to(memory_format=torch.channels_last)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for _ in range(0, images, chunk):
+            x = torch.randn(chunk, 3, 32, 32)
+            if last: x = x.contiguous(memory_format=torch.channels_last)
+            for i in reversed(range(STEPS - steps, STEPS)):
+                t = torch.full((chunk,), i)
+                with torch.autocast('cpu', torch.bfloat16, enabled=bf16): e = net(x, t).float()
+                mean, std, _ = p_mean_std(sched, x, t, e)
+                x = mean + std*torch.randn_like(x)
+    return (time.perf_counter() - start)/(-(-images//chunk)*chunk)
+
+
+def memory(what, n):
+    "Peak memory in MB of training at the defaults for 20 steps, or of sampling `n` images"
+    from ddpm_nb.train import train_diffusion
+    from ddpm_nb.diffusion import Diffusion
+    from ddpm_nb.sampling import sample_batches
+    from ddpm_nb.unet import Unet
+    with tempfile.TemporaryDirectory() as d:
+        if what == 'train': train_diffusion(n, n, save_folder=f'{d}/run')
+        else: # a few steps are enough: what counts is the number of images
+            for _ in sample_batches(Diffusion(Unet(16), image_size=32, timesteps=STEPS), n, sampler='ddim', steps=1): pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+
+
+def score(which):
+    "Seconds for the features of 512 images, from memory or by clean-fid's folder route"
+    from ddpm_nb.faces import faces
+    from ddpm_nb.fid import get_network
+    net, x = get_network('efficientnet-lite0'), faces('cat', 512, size=32)
+    if which == 'ours': return medians(lambda: net(x, 'cpu'), 1, 1)
+    from cleanfid.fid import get_folder_features
+    from torchvision.utils import save_image
+    net.f.to(memory_format=torch.contiguous_format)
+    with tempfile.TemporaryDirectory() as d:
+        for i,o in enumerate(x): save_image(o/255, f'{d}/{i}.png')
+        return medians(lambda: get_folder_features(d, net.f, device=torch.device('cpu'), verbose=False), 1, 1)
+
+
+def quality(name, bf16, last, data, goal=.157, most=1000, every=25):
+    "Seconds of training, without validation, to a held-out loss of `goal`; and the losses"
+    from fastai.callback.core import Callback
+    from ddpm_nb.core import seed_everything
+    from ddpm_nb.data import image_dls
+    from ddpm_nb.diffusion import Diffusion
+    from ddpm_nb.learner import ddpm_learner
+    class Watch(Callback):
+        order, rows, spent = 100, [], 0.
+        def before_train(self): self.start = time.perf_counter()
+        def after_train(self): Watch.spent += time.perf_counter() - self.start
+        def after_epoch(self): Watch.rows.append((self.learn.ddpm.steps, Watch.spent, float(self.learn.recorder.values[-1][1])))
+        def before_epoch(self):
+            if Watch.rows and Watch.rows[-1][2] <= goal: from fastai.callback.core import CancelFitException; raise CancelFitException
+    seed_everything(2024)
+    net = network(name)
+    if last: net.to(memory_format=torch.channels_last)
+    learn = ddpm_learner(image_dls(data, epoch_size=every*64), diffusion=Diffusion(net, image_size=32, timesteps=STEPS), cbs=Watch())
+    if bf16: learn.to_bf16()
+    with learn.no_bar(), learn.no_logging(): learn.fit(most//every)
+    return dict(seconds=Watch.spent, steps=Watch.rows[-1][0], loss=Watch.rows[-1][2], rows=Watch.rows)
+
+
+def limit(bf16):
+    "GFLOP/s of a product of two large matrices"
+    a = torch.randn(2048, 2048, dtype=torch.bfloat16 if bf16 else torch.float32)
+    return 2*2048**3/medians(lambda: a@a)/1e9
+
+
+def apart(f, *args):
+    "Call a function of this file in a process of its own; ours keeps freed memory, which is its default, and `KEEP` gives that to the peers too"
+    code = f"import sys, json; sys.path.insert(0, {str(HERE)!r}); import bench, ddpm_nb.core as c\n" \
+           f"if {args[:1]!r}[0] not in bench.PEERS or {bool(os.environ.get('KEEP'))}: c.keep_freed_memory()\n" \
+           f"print('=>', json.dumps(bench.{f.__name__}(*{args!r})))"
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    if r.returncode: sys.exit(f'{f.__name__}{args}\n{r.stderr}')
+    return json.loads(r.stdout.rsplit('=>', 1)[1])
+
+
+def machine():
+    "What the figures were measured on"
+    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if 'model name' in l), platform.processor()) if Path('/proc/cpuinfo').exists() else platform.processor()
+    return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version(), system=platform.system(),
+                gflops_fp32=round(apart(limit, False)), gflops_bf16=round(apart(limit, True)))
+
+
+def in_turn(f, names, choices, rounds, *more):
+    "For each name the best of its choices, then rounds A B A B with it: {name: dict(setting, times, median)}"
+    best = {n: min(choices(n), key=lambda c: apart(f, n, *c, *more)) for n in names}
+    times = {n: [] for n in names}
+    for _ in range(rounds):
+        for n in names: times[n].append(apart(f, n, *best[n]))
+    return {n: dict(setting=best[n], times=times[n], median=statistics.median(times[n])) for n in names}
+
+
+def show(title, res, unit=1e3):
+    "One table: medians, and ratios to the peers"
+    print(f'\n{title}')
+    for n,r in res.items():
+        ratios = '  '.join(f"{r['median']/res[p]['median']:5.2f} of {p}" for p in PEERS if p in res)
+        print(f"  {n:28} {r['median']*unit:9.2f}  {ratios}  {r['setting']}")
+
+
+@call_parse
+def main(
+    what:str='all', # 'all', or one of step, sample, memory, score, growth, quality
+    data:str=None, # Folder or zip file of images for quality
+    rounds:int=4, # Rounds of A B A B
+    out:str=str(HERE/'results.json'), # Where the results go; kept results of other work stay
+):
+    "Measure, print, and keep"
+    names, out = OURS + PEERS, Path(out)
+    res = json.loads(out.read_text()) if out.exists() else {}
+    res['machine'] = machine()
+    print(res['machine'])
+    if what in ('all', 'step'):
+        res['step'] = in_turn(step, names, settings, rounds)
+        show('training, ms for a step of 32 images', res['step'])
+    if what in ('all', 'sample'):
+        choices = lambda n: [(b, l, c) for b,l in settings(n) for c in (32, 64, 128)]
+        res['sample'] = in_turn(sample, OURS + PEERS[:1], choices, min(rounds, 2), 128, 4)
+        show('sampling 512 images at T = 50, ms an image', res['sample'])
+    if what in ('all', 'memory'):
+        res['memory'] = {f'{w} {n}': apart(memory, w, n) for w,n in (('train', 20), ('sample', 100), ('sample', 10_000))}
+        print('\npeak memory, MB', res['memory'])
+    if what in ('all', 'score'):
+        res['score'] = {k: [apart(score, k) for _ in range(2)] for k in ('ours', 'clean-fid')}
+        print('\nfeatures of 512 images, s', res['score'])
+    if what in ('all', 'growth'):
+        grow = lambda n, **kw: apart(step, n, True, n in OURS, *(kw.get(k, v) for k,v in dict(batch=32, size=32, dim=16).items()), 5)
+        axes = dict(batch=(8, 16, 32, 64, 128), size=(16, 32, 64), dim=(8, 16, 32))
+        res['growth'] = {k: {n: [(v, grow(n, **{k: v})) for v in vs] for n in OURS + PEERS[:1]} for k,vs in axes.items()}
+        res['growth']['T'] = {n: [(t, apart(sample, n, True, n in OURS, 64, 64, t)) for t in (10, 25, 50)] for n in OURS + PEERS[:1]}
+        print('\ngrowth', json.dumps(res['growth']))
+    if what == 'quality':
+        res['quality'] = {}
+        for n in ('diffusers', 'lean', 'assignment'):
+            res['quality'][n] = dict(setting=res['step'][n]['setting'], **apart(quality, n, *res['step'][n]['setting'], data))
+            r = res['quality'][n]
+            out.write_text(json.dumps(res, indent=1))
+            print(f"{n:14} {r['seconds']:6.0f} s to {r['loss']:.4f} at step {r['steps']}  {r['seconds']/res['quality']['diffusers']['seconds']:.2f} of diffusers")
+    out.write_text(json.dumps(res, indent=1))
