@@ -122,7 +122,7 @@ def score_cbs(
     real = reference(path, net, c['image_size'], c['data_class'], on_bad=c['on_bad'], device=dls.device, progress=True)
     return [FIDCallback(real, net, n=c['fid_samples'], seed=c['seed'], progress=True)]
 
-# %% ../nbs/12_train.ipynb #4b303c51
+# %% ../nbs/12_train.ipynb #c0fd0f05
 def train_diffusion(
     train_steps:int=1000, # Optimizer steps in all; each sees two batches
     save_and_sample_every:int=100, # Steps between two milestones: held-out loss, samples, checkpoint
@@ -137,7 +137,7 @@ def train_diffusion(
     data_class:str='cat', # Domain of the images: cat, dog, wild, any other folder's name, or all
     time_steps:int=50, # Number of steps T of the diffusion process
     unet_dim:int=16, # Channels of the U-Net's first level
-    attention:str='all', # The U-Net's linear attention, on 'all' levels as in the assignment or on 'none', which is twice as fast
+    attention:str='all', # The U-Net's linear attention, on 'all' levels as in the assignment or on 'none', which is faster
     learning_rate:float=1e-3, # Learning rate of Adam
     dataloader_workers:int=16, # Accepted for the assignment's sake; images are decoded once, and no workers are needed
     seed:int=2024, # Seed of all random numbers
@@ -243,7 +243,7 @@ def same_config(
     diff = [f'{k} {a.get(k)}' for k in b if a.get(k) != b[k]]
     if diff: refuse(f'load_path {path}', f"a model of {', '.join(diff)}", ', '.join(f'{k} {b[k]}' for k in b if a.get(k) != b[k]))
 
-# %% ../nbs/12_train.ipynb #27496fcf
+# %% ../nbs/12_train.ipynb #49239c63
 def run(
     c:dict, # The parameters of `train_diffusion`
     dls:DataLoaders, # The images
@@ -262,7 +262,7 @@ def run(
     if ckpt is not None: learn.go_on(ckpt)
     elif steps: resume_from(learn, avg, steps)
     with stop_by_signal(learn.checkpoint): learn.fit(math.ceil(total/every) if ckpt is not None else math.ceil((total - steps)/every))
-    if learn.ddpm.steps < total: raise Stopped(f'stopped after step {learn.ddpm.steps} of {total}, which is saved; the same command with --resume goes on', 128 + int(learn.checkpoint.stop))
+    if learn.checkpoint.stop is not None and learn.ddpm.steps < total: raise Stopped(f'stopped after step {learn.ddpm.steps} of {total}, which is saved; the same command with --resume goes on', 128 + int(learn.checkpoint.stop))
     print(f'{total} steps done; samples, loss and model are in {folder}')
     return learn
 
