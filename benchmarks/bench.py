@@ -176,7 +176,7 @@ def show(title, res, unit=1e3):
 
 @call_parse
 def main(
-    what:str='all', # 'all', or one of step, sample, memory, score, growth, quality
+    what:str='all', # 'all', or one of step, step_keep, sample, memory, score, growth, quality
     data:str=None, # Folder or zip file of images for quality
     rounds:int=4, # Rounds of A B A B
     out:str=str(HERE/'results.json'), # Where the results go; kept results of other work stay
@@ -186,9 +186,12 @@ def main(
     res = json.loads(out.read_text()) if out.exists() else {}
     res['machine'] = machine()
     print(res['machine'])
-    if what in ('all', 'step'):
-        res['step'] = in_turn(step, names, settings, rounds)
-        show('training, ms for a step of 32 images', res['step'])
+    for key in ('step', 'step_keep'):
+        if what not in ('all', key): continue
+        os.environ['KEEP'] = '1' if key == 'step_keep' else ''
+        res[key] = in_turn(step, names, settings, rounds)
+        show('training, ms for a step of 32 images' + ', freed memory kept for all'*(key == 'step_keep'), res[key])
+    os.environ['KEEP'] = ''
     if what in ('all', 'sample'):
         choices = lambda n: [(b, l, c) for b,l in settings(n) for c in (32, 64, 128)]
         res['sample'] = in_turn(sample, OURS + PEERS[:1], choices, min(rounds, 2), 128, 4)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXTS', 'UNREADABLE', 'is_image_name', 'Files', 'splits', 'pick_names', 'to_rgb', 'decode', 'try_decode', 'report_bad',
-           'Images', 'workers', 'crop', 'train_view', 'eval_view', 'View', 'ImageDL', 'image_dls']
+           'Images', 'workers', 'crop', 'train_view', 'centre', 'eval_view', 'View', 'ImageDL', 'image_dls']
 
 # %% ../nbs/01_data.ipynb #9514f95c
 import math, os, sys, zipfile
@@ -213,14 +213,22 @@ def train_view(
     x = crop(x, size, torch.randint(room, (b,), **kw), torch.randint(room, (b,), **kw), torch.rand(b, **kw) < .5)
     return x.float()/127.5 - 1
 
-# %% ../nbs/01_data.ipynb #cee8c4f7
+# %% ../nbs/01_data.ipynb #7813b7ad
+def centre(
+    x:Tensor, # Pictures, shape (b, c, s, s)
+    size:int, # Height and width of the crop, in pixels
+)->Tensor: # Shape (b, c, size, size)
+    "The middle of each picture, as it is"
+    o = (x.shape[-1] - size)//2
+    return x[..., o:o+size, o:o+size]
+
+# %% ../nbs/01_data.ipynb #96c47317
 def eval_view(
     x:Tensor, # Pictures, uint8, shape (b, c, s, s)
     size:int, # Height and width of the view, in pixels
 )->Tensor: # Values in [-1, 1], shape (b, c, size, size)
     "The middle of each picture"
-    o = (x.shape[-1] - size)//2
-    return x[..., o:o+size, o:o+size].contiguous(memory_format=torch.channels_last).float()/127.5 - 1
+    return centre(x, size).contiguous(memory_format=torch.channels_last).float()/127.5 - 1
 
 # %% ../nbs/01_data.ipynb #944d4b3c
 class View(Transform):

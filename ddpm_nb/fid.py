@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INCEPTION', 'INCEPTION_SHA256', 'NETWORKS', 'Features', 'frechet_distance', 'to_bytes', 'clean_resize', 'Network',
            'inception_path', 'inception', 'download_inception', 'EfficientNetFeatures', 'efficientnet', 'get_network',
-           'fid_infinity', 'kernel_sums', 'kid', 'radii', 'precision_recall', 'fingerprint', 'save_features',
+           'fid_infinity', 'kernel_sums', 'kid', 'radii', 'precision_recall', 'fingerprint', 'save_features', 'Batches',
            'reference', 'fid_floor', 'Score', 'fid_notes', 'compute_fid']
 
 # %% ../nbs/09_fid.ipynb #94f6ed1e
@@ -105,7 +105,7 @@ class Network:
     def label(self): return 'FID' if self.name == 'inception' else f'FD ({self.name})'
     def __repr__(self): return f'Network({self.name})'
 
-# %% ../nbs/09_fid.ipynb #fe329cca
+# %% ../nbs/09_fid.ipynb #e8091ff5
 @patch
 def __call__(self:Network,
     images, # Images in [0, 1], or uint8; shape (n, 3, h, w)
@@ -114,14 +114,23 @@ def __call__(self:Network,
     name:str='images', # What to call the images in a refusal
 )->Features: # Of each image
     "The features of images, resized as clean-fid does"
-    device = best_device(device)
+    return self.all(to_bytes(images, name).split(self.batch_size), device, progress)
+
+# %% ../nbs/09_fid.ipynb #e267caef
+@patch
+def all(self:Network,
+    batches, # Batches of uint8 images, each of shape (b, 3, h, w); a sequence
+    device=None, # Where the network runs; the best one by default
+    progress:bool=False, # Show a progress bar?
+)->Features: # Of all images
+    "The features of images that come in batches, so that they need not all be in memory"
+    device, res = best_device(device), []
     if isinstance(self.f, nn.Module): self.f.to(device).eval()
-    res = []
     with torch.inference_mode():
-        for x in bar(to_bytes(images, name).split(self.batch_size), progress):
+        for x in bar(batches, progress):
             x = clean_resize(x.to(device)).contiguous(memory_format=torch.channels_last)
             res.append(check_features(self.f(x), len(x), self.name).float().cpu())
-    return Features(torch.cat(res).clone())
+    return Features(torch.cat(res))
 
 # %% ../nbs/09_fid.ipynb #fa0f54ed
 def check_features(y, n, name):
@@ -138,22 +147,21 @@ def inception_path()->Path: # Where clean-fid keeps Inception's weights
     "The place where clean-fid looks for its network"
     return Path('.' if platform.system() == 'Windows' else '/tmp')/INCEPTION
 
-# %% ../nbs/09_fid.ipynb #c409abef
+# %% ../nbs/09_fid.ipynb #3c433777
 def inception(
     path=None, # File with the weights; by default clean-fid's, downloaded by it if absent
     sha256:str=INCEPTION_SHA256, # What the file's checksum must be
 )->Network: # clean-fid's network
     "The Inception network of FID, with clean-fid's weights"
     from cleanfid.inception_torchscript import InceptionV3W
-    own, path = path is None, Path(path or inception_path())
+    own, path = path is None, Path(path or inception_path()).expanduser()
+    if path.name != INCEPTION: refuse('inception', f'a file named {path.name}', f'one named {INCEPTION}, as clean-fid has it')
     if own and not path.is_file(): download_inception(path)
     if not path.is_file(): refuse('inception', f'no file {path}', f'the file {INCEPTION} that clean-fid downloads')
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256: refuse('inception', f'{path} with SHA-256 {found[:12]}…, incomplete or another file', f'{sha256[:12]}…; delete it and download it again')
-    net = InceptionV3W(str(path.parent), download=False) if path.name == INCEPTION else None
-    if net is None: refuse('inception', f'a file named {path.name}', INCEPTION)
-    genuine = sha256 == INCEPTION_SHA256
-    return Network(net, 'inception' if genuine else f'{path.name} {sha256[:6]}', sha256)
+    name = 'inception' if sha256 == INCEPTION_SHA256 else f'{path.name} {sha256[:6]}'
+    return Network(InceptionV3W(str(path.parent), download=False), name, sha256)
 
 # %% ../nbs/09_fid.ipynb #f02c5a08
 def download_inception(
@@ -189,14 +197,15 @@ def efficientnet()->Network: # Weights from PyPI
     "EfficientNet-Lite0, whose weights are installed with the extra `offline`"
     return Network(EfficientNetFeatures(), 'efficientnet-lite0')
 
-# %% ../nbs/09_fid.ipynb #63bb64d0
+# %% ../nbs/09_fid.ipynb #40aa7e4e
 NETWORKS = {'inception': inception, 'efficientnet-lite0': efficientnet}
 
 def get_network(
-    name=None, # 'inception', 'efficientnet-lite0', or a `Network`; by default the first of these that is on the machine
+    name=None, # 'inception', 'efficientnet-lite0', a path to Inception's file, or a `Network`; by default the first of these that is on the machine
 )->Network: # The network
     "The network of that name; what is chosen without a name is said"
     if isinstance(name, Network): return name
+    if name is not None and Path(name).name == INCEPTION: return inception(name)
     if name is not None: return NETWORKS[name]() if name in NETWORKS else refuse('network', repr(name), ', '.join(NETWORKS))
     if inception_path().is_file(): return inception()
     print(f'no Inception weights at {inception_path()}: scores are FD (efficientnet-lite0), not FID', file=sys.stderr)
@@ -287,7 +296,18 @@ def save_features(
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix='.tmp', delete=False) as o: np.save(o, f.x.numpy())
     os.replace(o.name, path)
 
-# %% ../nbs/09_fid.ipynb #74a76341
+# %% ../nbs/09_fid.ipynb #82b47627
+class Batches:
+    "Batches of the middles of `Images`, in bytes"
+    def __init__(self,
+        images:Images, # Pictures of at least `size` pixels
+        size:int, # Height and width of the middle, in pixels
+        batch_size:int, # Images in a batch
+    ): self.images, self.size, self.parts = images, size, list(torch.arange(len(images)).split(batch_size))
+    def __len__(self): return len(self.parts)
+    def __iter__(self): return (centre(self.images[i.tolist()][0].as_subclass(Tensor), self.size) for i in self.parts)
+
+# %% ../nbs/09_fid.ipynb #31d2bef7
 def reference(
     data_path, # A folder or zip file of real images, in AFHQ's layout or any other
     net:Network, # The network
@@ -307,8 +327,8 @@ def reference(
     names = pick_names(files.names, data_class, 10**9)[split == 'val'][:n] if view == 'eval' else files.names[:n]
     path = xdg_cache_home()/'ddpm_nb'/'features'/f"{fingerprint(files, names, size, view, on_bad, net.key, 'v1')}.npy"
     if net.key and (f := cached(path)): return f
-    images = Images(files, names, int(1.12*size) if view == 'eval' else size, 2**40, on_bad, progress).x
-    f = net(eval_view(images, size).add(1).mul(127.5).round().to(torch.uint8) if view == 'eval' else images, device, progress, 'data_path')
+    images = Images(files, names, int(1.12*size) if view == 'eval' else size, on_bad=on_bad, progress=progress)
+    f = net.all(Batches(images, size, net.batch_size), device, progress)
     if net.key: keep(f, path)
     return f
 

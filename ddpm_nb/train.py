@@ -122,7 +122,7 @@ def score_cbs(
     real = reference(path, net, c['image_size'], c['data_class'], on_bad=c['on_bad'], device=dls.device, progress=True)
     return [FIDCallback(real, net, n=c['fid_samples'], seed=c['seed'], progress=True)]
 
-# %% ../nbs/12_train.ipynb #c0fd0f05
+# %% ../nbs/12_train.ipynb #c280a883
 def train_diffusion(
     train_steps:int=1000, # Optimizer steps in all; each sees two batches
     save_and_sample_every:int=100, # Steps between two milestones: held-out loss, samples, checkpoint
@@ -143,7 +143,7 @@ def train_diffusion(
     seed:int=2024, # Seed of all random numbers
     n_samples:int=36, # Samples drawn at each milestone
     fid_samples:int=512, # Samples to score at each milestone
-    network:str=None, # Network of the score, 'inception' or 'efficientnet-lite0'; by default the first that is there
+    network:str=None, # Network of the score, 'inception', 'efficientnet-lite0' or a path to Inception's file; by default the first that is there
     precision:str='auto', # 'fp32', 'bf16', or 'auto': bf16 where the device multiplies it in hardware
     on_bad:str='error', # What to do about unreadable images, 'error' or 'skip'
     logger:str='none', # 'none', 'tensorboard' or 'wandb'
@@ -362,13 +362,13 @@ def size_of(files, name):
         with Image.open(BytesIO(files.read(name))) as im: return im.size
     except UNREADABLE as e: refuse('samples', f'{name}, which cannot be read ({type(e).__name__})', 'readable images')
 
-# %% ../nbs/12_train.ipynb #a034656f
+# %% ../nbs/12_train.ipynb #fc91ff3b
 def score_samples(
     samples:str='./results/model.pt', # Checkpoint to draw samples from, or a folder or zip file of generated images
     data_path:str=None, # Folder or zip file of real images; the built-in faces by default
     data_class:str='cat', # Domain of the real images: cat, dog, wild, any other folder's name, or all
     n:int=512, # Samples to draw from a checkpoint; of a folder all are taken
-    network:str=None, # 'inception' or 'efficientnet-lite0'; by default the first that is there
+    network:str=None, # 'inception', 'efficientnet-lite0' or a path to Inception's file; by default the first that is there
     split:str='train', # Real images to compare with, 'train' or 'val'
     view:str='eval', # 'eval' to see them as training does, 'none' to take all images of data_path as they are
     infinity:bool=False, # Extrapolate to infinitely many samples as well?
