@@ -8,8 +8,8 @@ __all__ = ['INCEPTION', 'INCEPTION_SHA256', 'NETWORKS', 'Features', 'frechet_dis
            'fid_infinity', 'kernel_sums', 'kid', 'radii', 'precision_recall', 'fingerprint', 'save_features', 'Batches',
            'reference', 'fid_floor', 'Score', 'fid_notes', 'compute_fid']
 
-# %% ../nbs/09_fid.ipynb #94f6ed1e
-import hashlib, json, os, platform, sys, tempfile, zipfile
+# %% ../nbs/09_fid.ipynb #f40d7a2f
+import hashlib, json, platform, sys, zipfile
 from functools import cached_property
 from pathlib import Path
 
@@ -116,7 +116,7 @@ def __call__(self:Network,
     "The features of images, resized as clean-fid does"
     return self.all(to_bytes(images, name).split(self.batch_size), device, progress)
 
-# %% ../nbs/09_fid.ipynb #e267caef
+# %% ../nbs/09_fid.ipynb #68154a5b
 @patch
 def all(self:Network,
     batches, # Batches of uint8 images, each of shape (b, 3, h, w); a sequence
@@ -129,7 +129,7 @@ def all(self:Network,
     with torch.inference_mode():
         for x in bar(batches, progress):
             x = clean_resize(x.to(device)).contiguous(memory_format=torch.channels_last)
-            res.append(check_features(self.f(x), len(x), self.name).float().cpu())
+            res.append(shared(lambda x: check_features(self.f(x), len(x), self.name).float(), x).cpu())
     return Features(torch.cat(res))
 
 # %% ../nbs/09_fid.ipynb #fa0f54ed
@@ -286,15 +286,16 @@ def fingerprint(
     else: of = lambda o: (lambda s: (s.st_size, s.st_mtime_ns))((files.path/o).stat())
     return hashlib.sha256(json.dumps([[o, *of(o)] for o in names] + [str(m) for m in more]).encode()).hexdigest()[:20]
 
-# %% ../nbs/09_fid.ipynb #9a7ed810
+# %% ../nbs/09_fid.ipynb #b1cab719
 def save_features(
     f:Features, # What to keep
     path:Path, # Where
 ):
     "Write features, complete or not at all"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix='.tmp', delete=False) as o: np.save(o, f.x.numpy())
-    os.replace(o.name, path)
+    if rank(): return
+    try: path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise CannotWrite(f'{path.parent}: found no way to keep features there ({e.strerror})')
+    with complete(path) as tmp: np.save(tmp, f.x.numpy())
 
 # %% ../nbs/09_fid.ipynb #82b47627
 class Batches:
@@ -332,7 +333,7 @@ def reference(
     if net.key: keep(f, path)
     return f
 
-# %% ../nbs/09_fid.ipynb #9e88a88f
+# %% ../nbs/09_fid.ipynb #b08bef74
 def cached(path):
     "Features from the cache, or None where there are none, or none that can be read"
     try: return Features(np.load(path)) if path.is_file() else None
@@ -341,7 +342,7 @@ def cached(path):
 def keep(f, path):
     "Put features into the cache; without a place for it they are simply computed again"
     try: save_features(f, path)
-    except OSError as e: print(f'{path.parent}: no way to keep the features there ({e.strerror})', file=sys.stderr)
+    except CannotWrite as e: print(e, file=sys.stderr)
 
 # %% ../nbs/09_fid.ipynb #e0fd9a65
 def fid_floor(

@@ -281,7 +281,7 @@ class Up(nn.Module):
         if self.scale > 1: x = F.interpolate(x, scale_factor=self.scale, mode='nearest')
         return self.resize(x)
 
-# %% ../nbs/06_unet.ipynb #9c2cf0e4
+# %% ../nbs/06_unet.ipynb #4cbc50ef
 def check_dims(
     dim, # Channels of the first level
     init_dim, # Channels after the stem
@@ -292,7 +292,7 @@ def check_dims(
     "Refuse sizes from which no `Unet` can be made"
     check_int('dim', dim, 4); check_int('channels', channels); check_int('resnet_block_groups', groups)
     if dim % 2: refuse('dim', dim, 'an even number')
-    if not isinstance(dim_mults, (tuple, list)) or not len(dim_mults): refuse('dim_mults', repr(dim_mults), 'one whole number for each level, such as (1, 2, 4, 8)')
+    if not isinstance(dim_mults, (tuple, list)) or not 1 <= len(dim_mults) <= 16: refuse('dim_mults', repr(dim_mults)[:80], 'one whole number for each of 1 to 16 levels, such as (1, 2, 4, 8)')
     for m in dim_mults: check_int('dim_mults', m)
     widths = dict(dim=dim, init_dim=init_dim) | {f'dim times its multiple {m}': dim*m for m in dim_mults}
     for name,d in widths.items():
