@@ -216,13 +216,13 @@ def save(self:Diffusion,
     if ema is not None: state['ema'] = ema.state_dict()
     save_file(state, path)
 
-# %% ../nbs/07_diffusion.ipynb #eb6b7c75
+# %% ../nbs/07_diffusion.ipynb #3eda275b
 def read_checkpoint(
     path, # A file that `Diffusion.save` wrote
     device='cpu', # Where its tensors go
 )->dict: # Its content: `step`, `model`, `config` and more
     "Read a checkpoint and make sure that it is one"
-    if not Path(path).is_file(): refuse(str(path), 'no file', 'a checkpoint, such as ./results/model.pt')
+    if not check_path('checkpoint', path).is_file(): refuse(str(path), 'no file', 'a checkpoint, such as ./results/model.pt')
     def no(found): refuse(str(path), found, 'a file written by Diffusion.save or ddpm_train')
     if d := damage(path): no(d)
     try: ckpt = torch.load(path, map_location=device, weights_only=True)
@@ -268,20 +268,23 @@ def load_weights(
     check_weights(diffusion, ckpt, key, name)
     diffusion.load_state_dict(ckpt[key])
 
-# %% ../nbs/07_diffusion.ipynb #c7b389a5
+# %% ../nbs/07_diffusion.ipynb #9f7d0232
 def build(
     config:dict, # A checkpoint's configuration
     weights:dict, # Its tensors by name
     path, # Its file
 )->Diffusion: # With random weights
     "The model that a configuration describes, if it is of the weights' size"
+    wrong = (BadInput, TypeError, KeyError, AttributeError, RuntimeError, OverflowError)
+    def no(e): refuse(str(path), f'a configuration that cannot be built ({e})', 'a file written by Diffusion.save')
     try:
         with torch.device('meta'): shapes = {f'model.{k}': v.shape for k,v in Unet(**config['unet']).state_dict().items()}
-        other = [k for k,s in shapes.items() if getattr(weights.get(k), 'shape', None) != s]
-        if config['timesteps'] != len(weights.get('schedule.alphas', ())): other.append('schedule.alphas')
-        if other: refuse(str(path), f'{len(other)} tensors of another configuration, such as {other[0]}', 'weights of the same configuration')
-        return Diffusion(Unet(**config['unet']), **{k: v for k,v in config.items() if k != 'unet'})
-    except (TypeError, KeyError, AttributeError) as e: refuse(str(path), f'a configuration that cannot be built ({e})', 'a file written by Diffusion.save')
+        shapes['schedule.alphas'] = (check_int('timesteps', config['timesteps']),)
+    except wrong as e: no(e)
+    other = [k for k,s in shapes.items() if getattr(weights.get(k), 'shape', None) != s]
+    if other: refuse(str(path), f'{len(other)} tensors of another configuration, such as {other[0]}', 'weights of the same configuration')
+    try: return Diffusion(Unet(**config['unet']), **{k: v for k,v in config.items() if k != 'unet'})
+    except wrong as e: no(e)
 
 # %% ../nbs/07_diffusion.ipynb #b2933339
 def load_diffusion(

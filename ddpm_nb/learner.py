@@ -102,16 +102,16 @@ class BF16(MixedPrecision):
         device = next(self.model.parameters()).device.type
         self.autocast, self.learn.scaler, self.scales = torch.autocast(device, torch.bfloat16), torch.amp.GradScaler(device, enabled=False), L()
 
-# %% ../nbs/10_learner.ipynb #523d1a55
+# %% ../nbs/10_learner.ipynb #edde4aa7
 class ShareCallback(Callback):
     "Train in several processes, each on its share of every batch"
     order, run_valid = DDPMCallback.order + .5, False
     def before_fit(self):
         self.whole = self.learn.model
-        self.learn.model = DistributedDataParallel(self.whole, broadcast_buffers=False)
+        self.learn.model = DistributedDataParallel(self.whole)
     def after_fit(self): self.learn.model = self.whole
     def before_batch(self):
-        i = share(len(self.x)).to(self.x.device)
+        i = share(len(self.yb[0])).to(self.yb[0].device)
         self.learn.xb, self.learn.yb = tuple(o[i] for o in self.xb), tuple(o[i] for o in self.yb)
     def after_loss(self):
         stop = getattr(getattr(self.learn, 'checkpoint', None), 'stop', None)

@@ -55,7 +55,7 @@ def only_run(
     try: yield folder
     finally: lock.release()
 
-# %% ../nbs/12_train.ipynb #109c5da9
+# %% ../nbs/12_train.ipynb #e4c18a22
 @contextmanager
 def run_folder(
     save_folder, # Where the run will write
@@ -63,9 +63,9 @@ def run_folder(
     resume:bool=False, # Does it go on with the run that is there?
 ): # The folder, which is this run's alone
     "Make the folder of a run; an earlier run in it is moved aside"
-    path = Path(save_folder).expanduser()
+    path = check_path('save_folder', save_folder)
     if rank(): yield path; return
-    goes_on = resume or load_path is not None and Path(load_path).expanduser().resolve().parent == path.resolve()
+    goes_on = resume or load_path is not None and check_path('load_path', load_path).resolve().parent == path.resolve()
     try:
         if (path/'model.pt').exists() and not goes_on:
             aside = next(p for i in range(1, 10**6) if not (p := path.with_name(f'{path.name}.{i}')).exists())
@@ -187,11 +187,13 @@ def train_diffusion(
             with complete(folder/'config.json') as tmp: tmp.write_text(json.dumps(config, indent=2, default=str))
         return run(config, dls, model, folder, scores, ckpt)
 
-# %% ../nbs/12_train.ipynb #dac2c94f
+# %% ../nbs/12_train.ipynb #c52dad7a
 def check_train(
     c:dict, # The parameters of `train_diffusion`
 ):
     "Refuse parameters that cannot work"
+    for k in ('save_folder', 'data_path', 'load_path'):
+        if c[k] is not None or k == 'save_folder': check_path(k, c[k])
     for k in ('image_size', 'batch_size', 'time_steps', 'n_samples'): check_int(k, c[k])
     check_int('dataloader_workers', c['dataloader_workers'], 0)
     check_float('learning_rate', c['learning_rate'], above=True)
@@ -208,7 +210,7 @@ def new_model(
     "The model that the parameters describe"
     return Diffusion(Unet(c['unet_dim'], dim_mults=c['unet_dim_mults'], attention=c['attention']), image_size=c['image_size'], timesteps=c['time_steps'])
 
-# %% ../nbs/12_train.ipynb #1936ac54
+# %% ../nbs/12_train.ipynb #1ddfe904
 FREE = {'train_steps', 'save_folder', 'resume', 'logger', 'dataloader_workers', 'fid', 'fid_samples', 'network', 'n_samples', 'keep_checkpoints', 'nonfinite'}
 
 def earlier_run(
@@ -216,7 +218,7 @@ def earlier_run(
     model:Diffusion, # The model that they describe
 )->dict: # Its last good checkpoint
     "The run in `save_folder`, if its parameters are the same"
-    folder = Path(c['save_folder']).expanduser()
+    folder = check_path('save_folder', c['save_folder'])
     if not (folder/'model.pt').exists(): read_checkpoint(folder/'model.pt')
     try: was = json.loads((folder/'config.json').read_text())
     except (OSError, ValueError): refuse('resume', f'no readable {folder/"config.json"}', 'the folder of a run of ddpm_train')
@@ -319,7 +321,7 @@ def saved_elsewhere(
         except CannotWrite: raise e
         raise CannotWrite(f'{e}. Step {learn.ddpm.steps} is saved as {spare}; once it is in place of {learn.checkpoint.path}, --resume goes on from there')
 
-# %% ../nbs/12_train.ipynb #2489375e
+# %% ../nbs/12_train.ipynb #d9020091
 def visualize_diffusion(
     train_steps:int=1000, # Accepted for the assignment's sake, and not used
     save_and_sample_every:int=100, # Accepted for the assignment's sake, and not used
@@ -343,7 +345,7 @@ def visualize_diffusion(
     "Draw the forward and the backward process (the assignment's 7.4 and 7.5)"
     n, bs = check_int('n_samples', n_samples), check_int('batch_size', batch_size)
     seed_everything(seed)
-    folder = Path(save_folder).expanduser()
+    folder = check_path('save_folder', save_folder)
     d = load_diffusion(load_path or folder/'model.pt', device)
     dls = image_dls(builtin_faces(data_class) if data_path is None else data_path, d.image_size, min(bs, n), data_class, device=d.device)
     fwd = forward_strip(d, dls.train.one_batch()[0].as_subclass(torch.Tensor))
@@ -354,7 +356,7 @@ def visualize_diffusion(
     print(f"forward_diffusion.png and backward_diffusion.png are in {folder}")
     return tuple(figs.values())
 
-# %% ../nbs/12_train.ipynb #06f19658
+# %% ../nbs/12_train.ipynb #ae69ea80
 def sample_diffusion(
     load_path:str='./results/model.pt', # Checkpoint of the model
     n:int=16, # How many images
@@ -368,7 +370,7 @@ def sample_diffusion(
     "New images from a checkpoint, as files"
     check_int('n', n); pick_sampler(sampler, steps, eta)
     keep_freed_memory()
-    d, folder, i = load_diffusion(load_path, join_processes(device)), Path(save_folder).expanduser(), 0
+    d, folder, i = load_diffusion(load_path, join_processes(device)), check_path('save_folder', save_folder), 0
     ddim_times(d.num_timesteps, steps)
     seed_everything(seed)
     try:
@@ -401,7 +403,7 @@ def size_of(files, name):
         with Image.open(BytesIO(files.read(name))) as im: return im.size
     except UNREADABLE as e: refuse('samples', f'{name}, which cannot be read ({type(e).__name__})', 'readable images')
 
-# %% ../nbs/12_train.ipynb #c69d189d
+# %% ../nbs/12_train.ipynb #c4e7d6b6
 def score_samples(
     samples:str='./results/model.pt', # Checkpoint to draw samples from, or a folder or zip file of generated images
     data_path:str=None, # Folder or zip file of real images; the built-in faces by default
@@ -420,7 +422,7 @@ def score_samples(
     "Score samples of a checkpoint, or a folder of images, against real ones"
     check_int('n', n, 6); pick_sampler(sampler, steps)
     keep_freed_memory()
-    path, device = Path(samples).expanduser(), join_processes(device)
+    path, device = check_path('samples', samples), join_processes(device)
     d = None if path.is_dir() or zipfile.is_zipfile(path) and path.suffix == '.zip' else load_diffusion(path, device)
     images = load_samples(path) if d is None else None
     net, size = get_network(network), d.image_size if d else images.shape[-1]
