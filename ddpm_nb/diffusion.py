@@ -192,7 +192,7 @@ def damage(
     except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as e: return f'no checkpoint ({type(e).__name__})'
     return f'no checkpoint (the checksum of {bad} is wrong)' if bad else ''
 
-# %% ../nbs/07_diffusion.ipynb #9659675c
+# %% ../nbs/07_diffusion.ipynb #6ad66485
 def save_file(
     obj:dict, # Tensors and plain values
     path, # Where to
@@ -200,7 +200,9 @@ def save_file(
     "Save `obj`, complete and verified or not at all; only the first process does"
     if rank(): return
     with complete(path) as tmp:
-        with tmp.open('wb') as f: torch.save(obj, f)
+        with tmp.open('wb') as f:
+            try: torch.save(obj, f)
+            except RuntimeError as e: raise e.__context__ if isinstance(e.__context__, OSError) else OSError(str(e).splitlines()[0]) # such as a full disk's
         if d := damage(tmp): raise OSError(f'what was written has {d}')
 
 # %% ../nbs/07_diffusion.ipynb #33ce2ed0

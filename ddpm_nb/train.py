@@ -118,7 +118,7 @@ def logger_cbs(
     names.wandb = wandb
     return [WandbCallback(log=None, log_preds=False), names]
 
-# %% ../nbs/12_train.ipynb #0a5f2306
+# %% ../nbs/12_train.ipynb #10179d3a
 class Curves(Callback):
     "Draw `loss.png`, and `fid.png` where there are scores, at the end of each epoch"
     order = StepLoss.order + 1
@@ -129,6 +129,7 @@ class Curves(Callback):
         if hasattr(self.learn, 'fid'): self.save('fid.png', plot_scores(self.learn.fid.rows))
     def save(self, name, fig):
         with complete(self.folder/name) as tmp: fig.savefig(tmp, dpi=150)
+        fig.clear() # its parts refer to each other, and would wait in memory for Python's garbage collector
 
 # %% ../nbs/12_train.ipynb #1c79665e
 def score_cbs(

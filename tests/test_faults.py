@@ -84,7 +84,7 @@ def test_a_quota_is_met_in_one_line(pics, tmp_path):
 
 def test_a_second_run_is_kept_out(pics, tmp_path):
     (tmp_path/'pics').symlink_to(pics)
-    args = ['--data_path', tmp_path/'pics', '--train_steps', 10**6, '--save_and_sample_every', 5, '--save_folder', tmp_path/'run', *TINY]
+    args = ['--data_path', tmp_path/'pics', '--train_steps', 10**6, '--save_and_sample_every', 2, '--save_folder', tmp_path/'run', *TINY]
     p = subprocess.Popen([Path(sys.executable).parent/'ddpm_train', *map(str, args)], cwd=tmp_path, stdout=subprocess.DEVNULL)
     try:
         while not (tmp_path/'run/sample_1.png').exists() and p.poll() is None: time.sleep(.02)

@@ -1,0 +1,77 @@
+"Two processes on a CPU, started by torchrun: the same numbers as one, one writer, and an end when one of them dies."
+import csv, os, re, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from conftest import TINY, command
+
+BIN = Path(sys.executable).parent
+ENV = os.environ | dict(OMP_NUM_THREADS='1')
+ARGS = ['--train_steps', 40, '--save_and_sample_every', 20, '--precision', 'fp32', *TINY]
+
+
+def two(name, *args): return [BIN/'torchrun', '--nproc_per_node', '2', '--master_port', str(29500 + os.getpid() % 1000), '--no-python', BIN/name, *map(str, args)]
+
+
+@pytest.fixture(scope='module')
+def runs(pics, tmp_path_factory):
+    "The same run by one process and by two"
+    path = tmp_path_factory.mktemp('runs')
+    r = command('ddpm_train', '--data_path', pics, '--save_folder', path/'one', *ARGS, cwd=path)
+    assert r.returncode == 0, r.stderr
+    r = subprocess.run(two('ddpm_train', '--data_path', pics, '--save_folder', path/'two', *ARGS), cwd=path, capture_output=True, text=True, env=ENV, timeout=300)
+    assert r.returncode == 0, r.stderr
+    assert r.stdout.count('40 steps done') == 1 # one of them speaks
+    return path
+
+
+def column(path, name): return np.array([float(r[name]) for r in csv.DictReader(path.open()) if r[name]])
+
+
+def test_same_losses_and_one_writer(runs):
+    for name in ('loss', 'held_out'): assert abs(column(runs/'one/loss.csv', name) - column(runs/'two/loss.csv', name)).max() < 1e-4
+    assert {p.name for p in (runs/'one').iterdir()} == {p.name for p in (runs/'two').iterdir()}
+    assert {p.name for p in runs.iterdir()} == {'one', 'two'}
+
+
+def test_same_samples_and_score(runs, pics):
+    for name, n in (('a', 1), ('b', 2)): # five images for two processes
+        args = ['--load_path', runs/'one/model.pt', '--n', 5, '--save_folder', runs/name, '--device', 'cpu']
+        r = command('ddpm_sample', *args) if n == 1 else subprocess.run(two('ddpm_sample', *args), capture_output=True, text=True, env=ENV, timeout=300)
+        assert r.returncode == 0, r.stderr
+    a, b = (np.stack([np.asarray(Image.open(o)).astype(int) for o in sorted((runs/name).glob('*.png'))]) for name in 'ab')
+    assert a.shape == b.shape == (5, 16, 16, 3) and abs(a - b).max() <= 12 and abs(a - b).mean() < 1
+    args = ['--samples', runs/'a', '--data_path', pics, '--network', 'efficientnet-lite0', '--device', 'cpu']
+    env = ENV | dict(XDG_CACHE_HOME=str(runs/'cache'))
+    said = [subprocess.run(o, capture_output=True, text=True, env=env, timeout=300).stdout for o in ([BIN/'ddpm_fid', *args], two('ddpm_fid', *args))]
+    one, both = (float(re.search(r'FD \(efficientnet-lite0\)\D*([\d.]+)', o)[1]) for o in said)
+    assert both == pytest.approx(one, rel=1e-3)
+
+
+def started(pics, path):
+    "A long run of two processes that has begun to train"
+    p = subprocess.Popen(two('ddpm_train', '--data_path', pics, '--save_folder', path/'run', *ARGS, '--train_steps', 10**6), cwd=path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV)
+    end = time.time() + 120
+    while not (path/'run/sample_1.png').exists() and p.poll() is None and time.time() < end: time.sleep(.05)
+    return p
+
+
+def test_a_death_ends_the_run(pics, tmp_path):
+    p = started(pics, tmp_path)
+    ranks = [c for c in psutil.Process(p.pid).children(recursive=True) if c.environ().get('RANK') == '1']
+    ranks[-1].send_signal(signal.SIGKILL)
+    said = p.communicate(timeout=120)[1]
+    assert p.returncode and 'exitcode' in said and '-9' in said
+    assert not [c for c in psutil.process_iter() if str(tmp_path) in ' '.join(c.cmdline())]
+
+
+def test_a_signal_stops_all_after_one_step(pics, tmp_path):
+    p = started(pics, tmp_path)
+    p.send_signal(signal.SIGTERM)
+    said = p.communicate(timeout=120)[1]
+    assert 'stopped after step' in said
+    r = command('ddpm_train', '--data_path', pics, '--save_folder', tmp_path/'run', *ARGS, '--train_steps', 10**6, '--resume', '--batch_size', 4, cwd=tmp_path)
+    assert r.returncode == 2 and 'batch_size' in r.stderr # the folder is whole, and still knows its parameters
