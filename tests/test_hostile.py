@@ -54,7 +54,7 @@ def images():
     return res
 GOOD = images()
 
-@cases(900)
+@cases(700)
 @given(st.sampled_from(sorted(GOOD)), changes)
 def test_images(kind, todo):
     try: x = decode(changed(GOOD[kind], todo), 35)
@@ -77,7 +77,7 @@ def make_zip(entries):
 
 entries = st.lists(st.tuples(names, st.one_of(st.sampled_from(list(GOOD.values())), st.binary(max_size=40)), st.booleans()), max_size=6)
 
-@cases(400)
+@cases(300)
 @given(entries, st.one_of(st.just([]), changes))
 def test_zips(tmp_path_factory, es, todo):
     root = tmp_path_factory.mktemp('zip')
@@ -103,7 +103,7 @@ def model(tmp_path_factory):
     d.save(path, 3, d)
     return d, path
 
-@cases(500)
+@cases(400)
 @given(changes)
 def test_checkpoints_of_changed_bytes(model, todo):
     d, path = model
@@ -114,7 +114,7 @@ def test_checkpoints_of_changed_bytes(model, todo):
 
 values = st.one_of(st.none(), st.booleans(), st.integers(-2, 2**70), st.floats(), st.text(max_size=5), st.just([]), st.just({}), st.just(torch.zeros(3)), st.just(torch.full((2,), math.nan)), st.just(torch.tensor(10**12)))
 
-@cases(500)
+@cases(400)
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.booleans(), values), min_size=1, max_size=3))
 def test_checkpoints_of_changed_content(model, todo):
     d, path = model
@@ -160,7 +160,7 @@ def small(tmp_path_factory):
     write_faces(path/'pics', 'cat', n_train=8, n_val=2)
     return path
 
-@cases(500)
+@cases(400)
 @given(st.dictionaries(st.sampled_from(ARGS), anything, min_size=1, max_size=3))
 def test_arguments(small, args):
     "Refused in one line with nothing written, or taken to the point where training would begin"

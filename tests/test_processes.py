@@ -13,7 +13,7 @@ ENV = os.environ | dict(OMP_NUM_THREADS='1')
 ARGS = ['--train_steps', 40, '--save_and_sample_every', 20, '--precision', 'fp32', *TINY]
 
 
-def two(name, *args): return [BIN/'torchrun', '--nproc_per_node', '2', '--master_port', str(29500 + os.getpid() % 1000), '--no-python', BIN/name, *map(str, args)]
+def two(name, *args): return [BIN/'torchrun', '--nproc_per_node', '2', '--master_port', str(29500 + os.getpid() % 1000), '--no-python', '--', BIN/name, *map(str, args)]
 
 
 @pytest.fixture(scope='module')

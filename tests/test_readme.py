@@ -17,7 +17,7 @@ def make():
     alts = [m[1] for c in nb.cells if (m := re.search(r'^#\|\s*fig-alt: "(.*)"', c.source, re.M))]
     for c in nb.cells: c.source = re.sub(r'^#\|.*\n', '', c.source, flags=re.M)
     text, res = MarkdownExporter().from_notebook_node(nb, dict(output_files_dir='nbs/index_files'))
-    text = re.sub(r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', text)
+    text = re.sub(r'\]\(([\w/]+\.ipynb)\)', r'](nbs/\1)', text)
     for alt in alts: text = re.sub(r'!\[(?:png|svg)\]', f'![{alt}]', text, count=1)
     return text.strip() + '\n', {Path(k).name: v for k,v in res['outputs'].items()}
 
@@ -40,3 +40,14 @@ if __name__ == '__main__':
     pics.mkdir(exist_ok=True)
     for p in pics.iterdir(): p.unlink()
     for k,v in files.items(): (pics/k).write_bytes(v)
+
+
+def texts(name):
+    "The prose of a notebook"
+    return '\n'.join(o.source for o in nbformat.read(top/'nbs'/name, 4).cells if o.cell_type == 'markdown') + '\n'
+
+
+def test_the_map_leads_to_headings_that_are_there():
+    rows = re.findall(r'\| \[(.+?)\]\((.+?)\) \|', texts('map.ipynb'))
+    assert len(rows) >= 30
+    for section, name in rows: assert f'# {section}\n' in texts(name), (name, section)
