@@ -9,8 +9,8 @@ def test_train_sample_visualize(call, pics, tmp_path):
     r = call('ddpm_train', '--data_path', pics, '--train_steps', 4, '--save_and_sample_every', 2, *TINY)
     assert r.returncode == 0, r.stderr
     assert 'Epoch 2/2' in r.stdout and '4 steps done' in r.stdout
-    left = {p.name for p in (tmp_path/'results').iterdir()}
-    assert left == {'config.json', 'loss.csv', 'loss.png', 'model.pt', 'sample_1.png', 'sample_2.png'}
+    left = {p.name for p in (tmp_path/'results').glob('[!.]*')}
+    assert left == {'config.json', 'loss.csv', 'loss.png', 'model.pt', 'model_2.pt', 'sample_1.png', 'sample_2.png'}
     assert json.loads((tmp_path/'results/config.json').read_text())['unet_dim_mults'] == [1, 2]
 
     r = call('ddpm_sample', '--n', 3, '--sampler', 'ddim', '--steps', 2)

@@ -28,4 +28,4 @@ def test_interrupted_and_resumed(whole, pics, tmp_path, sig, code):
     r = command('ddpm_train', '--data_path', pics, *ARGS, '--resume', cwd=tmp_path)
     assert r.returncode == 0, r.stderr
     for o in ('loss.csv', 'sample_2.png', 'sample_3.png'): assert (tmp_path/'results'/o).read_bytes() == (whole/o).read_bytes()
-    assert not list((tmp_path/'results').glob('*.tmp'))
+    assert not list((tmp_path/'results').glob('.tmp-*'))
