@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['Diffusion', 'chunked', 'best_chunk', 'evaluating', 'damage', 'save_file', 'read_checkpoint', 'not_finite',
-           'check_weights', 'load_weights', 'build', 'load_diffusion']
+           'check_weights', 'load_weights', 'build', 'load_diffusion', 'pretrained_file', 'read_pretrained']
 
-# %% ../nbs/07_diffusion.ipynb #70bf2de6
-import zipfile, zlib
+# %% ../nbs/07_diffusion.ipynb #baa9260e
+import json, zipfile, zlib
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file as save_tensors
 from torch import nn, Tensor
 
 from .core import *
@@ -23,8 +27,25 @@ from .posterior import *
 from .elbo import *
 from .unet import *
 
-# %% ../nbs/07_diffusion.ipynb #fd711baa
-class Diffusion(nn.Module):
+# %% ../nbs/07_diffusion.ipynb #15dc721b
+CARD = """---
+{{ card_data }}
+---
+
+# {{ title | default("A denoising diffusion model", true) }}
+
+{{ text | default("A DDPM with a U-Net, trained by predicting noise.", true) }}
+
+```python
+from ddpm_nb.diffusion import Diffusion
+d = Diffusion.from_pretrained('{{ name | default("this folder or repository", true) }}')
+images = d.sample(16) # in [0, 1], shape (16, 3, size, size)
+```
+"""
+
+# %% ../nbs/07_diffusion.ipynb #e78e9504
+class Diffusion(nn.Module, ModelHubMixin, library_name='ddpm_nb', license='apache-2.0', pipeline_tag='unconditional-image-generation',
+                tags=['ddpm', 'diffusion'], repo_url='https://github.com/ddpm-nb/ddpm_nb', model_card_template=CARD):
     "A denoising diffusion model: a network that guesses noise, and a schedule"
     def __init__(self,
         model:nn.Module, # Takes (x_t, t) and returns the noise, the shape of x_t
@@ -300,3 +321,54 @@ def load_diffusion(
     d = build(ckpt['config'], ckpt[key], path)
     load_weights(d, ckpt, key, str(path))
     return d.to(device).eval()
+
+# %% ../nbs/07_diffusion.ipynb #8c73c187
+@patch
+def _save_pretrained(self:Diffusion,
+    save_directory:Path, # A folder
+):
+    "What `save_pretrained` and `push_to_hub` call: write `model.safetensors` and `config.json`, each complete or not at all"
+    with complete(save_directory/'model.safetensors') as f: save_tensors({k: v.contiguous() for k,v in self.state_dict().items()}, f)
+    with complete(save_directory/'config.json') as f: f.write_text(json.dumps(self.config, indent=2))
+
+# %% ../nbs/07_diffusion.ipynb #1a4af305
+def pretrained_file(
+    name, # A folder, or the name of a repository on the Hub
+    file:str, # Name of a file in it
+    **kwargs # For `hf_hub_download`, such as `revision`, `token`, `cache_dir`, `local_files_only`
+)->Path: # The file on this machine
+    "A file of a model that `save_pretrained` or `push_to_hub` wrote"
+    if check_path('pretrained', name).is_dir(): path = check_path('pretrained', name)/file
+    else:
+        try: path = Path(hf_hub_download(str(name), file, **kwargs))
+        except (OSError, ValueError) as e: refuse('pretrained', f'{str(name)!r} ({type(e).__name__})', 'a folder, or the name of a repository on the Hub')
+    if not path.is_file(): refuse(str(path), 'no file', 'a file that save_pretrained wrote')
+    return path
+
+# %% ../nbs/07_diffusion.ipynb #4d402472
+def read_pretrained(
+    name, # A folder, or the name of a repository on the Hub
+    **kwargs # For `pretrained_file`
+)->tuple[dict, dict]: # Configuration, and tensors by name in float32
+    "Read what `save_pretrained` wrote and make sure that it is that"
+    conf, path = (pretrained_file(name, o, **kwargs) for o in ('config.json', 'model.safetensors'))
+    try: config = json.loads(conf.read_text())
+    except (OSError, ValueError, RecursionError) as e: refuse(str(conf), f'no JSON ({type(e).__name__})', 'a file that save_pretrained wrote')
+    try: weights = {k: v.float() if v.is_floating_point() else v for k,v in load_file(path).items()}
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as e: refuse(str(path), f'no safetensors ({type(e).__name__})', 'a file that save_pretrained wrote')
+    if bad := not_finite(weights): refuse(str(path), f'{len(bad)} tensors with numbers that are not finite, such as {bad[0]}', 'finite weights')
+    return config, weights
+
+# %% ../nbs/07_diffusion.ipynb #0b96a1c8
+@patch(cls_method=True)
+def from_pretrained(cls:Diffusion,
+    name=None, # A folder, or the name of a repository on the Hub; by default the model that comes with the package
+    device=None, # Where the model goes; the best device by default
+    **kwargs # For the Hub, such as `revision`, `token`, `cache_dir`, `local_files_only`
+)->Diffusion: # The model, ready to sample
+    "A model that `save_pretrained` or `push_to_hub` wrote"
+    name = files('ddpm_nb')/'weights' if name is None else name
+    config, weights = read_pretrained(name, **kwargs)
+    d = build(config, weights, name)
+    load_weights(d, dict(model=weights), name=str(name))
+    return d.to(best_device(device)).eval()

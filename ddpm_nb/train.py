@@ -6,10 +6,11 @@
 __all__ = ['FREE', 'ddpm_train', 'ddpm_visualize', 'ddpm_sample', 'ddpm_fid', 'ddpm_data', 'ints', 'only_run', 'run_folder',
            'Epochs', 'WandbNames', 'wandb_mode', 'logger_cbs', 'Curves', 'score_cbs', 'train_diffusion', 'check_train',
            'new_model', 'earlier_run', 'last_good', 'fitting', 'stop_by_signal', 'start_from', 'same_config', 'run',
-           'saved_elsewhere', 'visualize_diffusion', 'sample_diffusion', 'load_samples', 'score_samples', 'get_data']
+           'saved_elsewhere', 'load_model', 'visualize_diffusion', 'sample_diffusion', 'load_samples', 'score_samples',
+           'get_data']
 
-# %% ../nbs/12_train.ipynb #0911a010
-import json, math, netrc, os, signal, sys, tempfile, threading, zipfile
+# %% ../nbs/12_train.ipynb #ebd32406
+import gc, json, math, netrc, os, signal, sys, tempfile, threading, zipfile
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -42,7 +43,7 @@ def ints(
     try: return tuple(int(o) for o in s.strip('()[] ').split(','))
     except ValueError: refuse('unet_dim_mults', repr(s), 'whole numbers with commas between them, such as 1,2,4,8')
 
-# %% ../nbs/12_train.ipynb #ceac285d
+# %% ../nbs/12_train.ipynb #cd63ca72
 @contextmanager
 def only_run(
     folder:Path, # Folder of a run
@@ -50,8 +51,8 @@ def only_run(
     "Refuse a folder in which another run is under way"
     lock = FileLock(folder/'.lock', timeout=0)
     try: lock.acquire()
-    except Timeout: refuse('save_folder', f'{str(folder)!r}, in which a run is under way', 'another folder, or to wait for its end')
-    except NotImplementedError: pass # a file system without locks
+    except Timeout: refuse('save_folder', f'{str(folder)!r}, in which a run is under way', f'another folder, or to wait for its end (if there is none, remove {lock.lock_file})')
+    except (OSError, NotImplementedError): pass # a file system without locks
     try: yield folder
     finally: lock.release()
 
@@ -118,7 +119,7 @@ def logger_cbs(
     names.wandb = wandb
     return [WandbCallback(log=None, log_preds=False), names]
 
-# %% ../nbs/12_train.ipynb #10179d3a
+# %% ../nbs/12_train.ipynb #ab41bc1d
 class Curves(Callback):
     "Draw `loss.png`, and `fid.png` where there are scores, at the end of each epoch"
     order = StepLoss.order + 1
@@ -127,9 +128,10 @@ class Curves(Callback):
         if rank(): return
         self.save('loss.png', plot_loss(read_losses(self.folder/'loss.csv')))
         if hasattr(self.learn, 'fid'): self.save('fid.png', plot_scores(self.learn.fid.rows))
+        gc.collect() # the parts of a figure refer to each other, and would wait in memory for long
     def save(self, name, fig):
         with complete(self.folder/name) as tmp: fig.savefig(tmp, dpi=150)
-        fig.clear() # its parts refer to each other, and would wait in memory for Python's garbage collector
+        fig.clear()
 
 # %% ../nbs/12_train.ipynb #1c79665e
 def score_cbs(
@@ -322,7 +324,19 @@ def saved_elsewhere(
         except CannotWrite: raise e
         raise CannotWrite(f'{e}. Step {learn.ddpm.steps} is saved as {spare}; once it is in place of {learn.checkpoint.path}, --resume goes on from there')
 
-# %% ../nbs/12_train.ipynb #d9020091
+# %% ../nbs/12_train.ipynb #24b674d1
+def load_model(
+    path=None, # Checkpoint, or a folder that `save_pretrained` wrote; by default ./results/model.pt, or where there is none the package's own model
+    device=None, # Where the model goes; the best device by default
+)->Diffusion: # Ready to sample
+    "The model that a command works with"
+    if path is None and not Path('results/model.pt').exists():
+        print('no results/model.pt here: this is the model that comes with ddpm_nb, of the cats of CIFAR-10')
+        return Diffusion.from_pretrained(device=device)
+    path = check_path('load_path', 'results/model.pt' if path is None else path)
+    return Diffusion.from_pretrained(path, device) if path.is_dir() else load_diffusion(path, device)
+
+# %% ../nbs/12_train.ipynb #ee160389
 def visualize_diffusion(
     train_steps:int=1000, # Accepted for the assignment's sake, and not used
     save_and_sample_every:int=100, # Accepted for the assignment's sake, and not used
@@ -347,7 +361,7 @@ def visualize_diffusion(
     n, bs = check_int('n_samples', n_samples), check_int('batch_size', batch_size)
     seed_everything(seed)
     folder = check_path('save_folder', save_folder)
-    d = load_diffusion(load_path or folder/'model.pt', device)
+    d = load_model(load_path or folder/'model.pt', device)
     dls = image_dls(builtin_faces(data_class) if data_path is None else data_path, d.image_size, min(bs, n), data_class, device=d.device)
     fwd = forward_strip(d, dls.train.one_batch()[0].as_subclass(torch.Tensor))
     times = [f't = {i}' for i in part_times(d.num_timesteps)]
@@ -357,9 +371,9 @@ def visualize_diffusion(
     print(f"forward_diffusion.png and backward_diffusion.png are in {folder}")
     return tuple(figs.values())
 
-# %% ../nbs/12_train.ipynb #ae69ea80
+# %% ../nbs/12_train.ipynb #d4ca7b86
 def sample_diffusion(
-    load_path:str='./results/model.pt', # Checkpoint of the model
+    load_path:str=None, # Checkpoint, or a folder that save_pretrained wrote; by default ./results/model.pt, or where there is none the package's own model
     n:int=16, # How many images
     save_folder:str='./samples', # Folder for the images, 00000.png and so on; beside it samples.png, a grid of the first 64
     sampler:str='ancestral', # 'ancestral' or 'ddim'
@@ -371,7 +385,7 @@ def sample_diffusion(
     "New images from a checkpoint, as files"
     check_int('n', n); pick_sampler(sampler, steps, eta)
     keep_freed_memory()
-    d, folder, i = load_diffusion(load_path, join_processes(device)), check_path('save_folder', save_folder), 0
+    d, folder, i = load_model(load_path, join_processes(device)), check_path('save_folder', save_folder), 0
     ddim_times(d.num_timesteps, steps)
     seed_everything(seed)
     try:
@@ -404,9 +418,9 @@ def size_of(files, name):
         with Image.open(BytesIO(files.read(name))) as im: return im.size
     except UNREADABLE as e: refuse('samples', f'{name}, which cannot be read ({type(e).__name__})', 'readable images')
 
-# %% ../nbs/12_train.ipynb #c4e7d6b6
+# %% ../nbs/12_train.ipynb #c62c0111
 def score_samples(
-    samples:str='./results/model.pt', # Checkpoint to draw samples from, or a folder or zip file of generated images
+    samples:str=None, # Checkpoint to draw samples from, or a folder or zip file of generated images; by default ./results/model.pt, or where there is none the package's own model
     data_path:str=None, # Folder or zip file of real images; the built-in faces by default
     data_class:str='cat', # Domain of the real images: cat, dog, wild, any other folder's name, or all
     n:int=512, # Samples to draw from a checkpoint; of a folder all are taken
@@ -423,8 +437,8 @@ def score_samples(
     "Score samples of a checkpoint, or a folder of images, against real ones"
     check_int('n', n, 6); pick_sampler(sampler, steps)
     keep_freed_memory()
-    path, device = check_path('samples', samples), join_processes(device)
-    d = None if path.is_dir() or zipfile.is_zipfile(path) and path.suffix == '.zip' else load_diffusion(path, device)
+    path, device = None if samples is None else check_path('samples', samples), join_processes(device)
+    d = None if path and (path.is_dir() or zipfile.is_zipfile(path) and path.suffix == '.zip') else load_model(path, device)
     images = load_samples(path) if d is None else None
     net, size = get_network(network), d.image_size if d else images.shape[-1]
     real = reference(builtin_faces(data_class) if data_path is None else data_path, net, size, data_class, split, view, on_bad=on_bad, device=device, progress=True)

@@ -132,6 +132,19 @@ def test_checkpoints_of_changed_content(model, todo):
     except BadInput as e: one_line(e)
     else: assert all(v.isfinite().all() for v in new.state_dict().values())
 
+@cases(300)
+@given(st.sampled_from(['config.json', 'model.safetensors']), changes)
+def test_pretrained_of_changed_bytes(model, name, todo):
+    d, path = model
+    folder = path.with_name('pretrained')
+    if not folder.exists(): d.save_pretrained(folder)
+    whole = (folder/name).read_bytes()
+    (folder/name).write_bytes(changed(whole, todo))
+    try: new = Diffusion.from_pretrained(folder, 'cpu')
+    except BadInput as e: one_line(e)
+    else: assert all(v.isfinite().all() for v in new.state_dict().values())
+    finally: (folder/name).write_bytes(whole)
+
 class Evil:
     def __reduce__(self): return os.system, ('touch evil',)
 

@@ -4,7 +4,7 @@ The code cells of a notebook run in order in one namespace. At each exported cel
 namespace, the changed cell, and the cells after it, until one of them fails. A mutant that survives to the end of its notebook is
 an equation that no check holds.
 """
-import ast, copy, json, warnings
+import ast, copy, json, sys, warnings
 from pathlib import Path
 
 import matplotlib
@@ -89,8 +89,17 @@ SAME = {
 }
 
 
+@pytest.fixture
+def untraced():
+    "Without the tracer of a coverage measurement, which mutants would slow down and mislead"
+    trace = sys.gettrace()
+    sys.settrace(None)
+    yield
+    sys.settrace(trace)
+
+
 @pytest.mark.parametrize('name', ['02_schedule', '03_forward', '04_posterior', '05_elbo', 'foundations/01_convolution', 'foundations/02_sequences', 'foundations/03_inpainting', 'foundations/04_vae'])
-def test_every_mutant_is_caught(name, monkeypatch, record_property):
+def test_every_mutant_is_caught(name, monkeypatch, record_property, untraced):
     monkeypatch.chdir((NBS/name).parent)
     matplotlib.use('Agg')
     warnings.simplefilter('ignore')

@@ -1,4 +1,4 @@
-"Two processes on a CPU, started by torchrun: the same numbers as one, one writer, and an end when one of them dies."
+"Two processes on a CPU, started by torchrun and by Accelerate: the same numbers as one, one writer, and an end when one of them dies."
 import csv, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -13,7 +13,13 @@ ENV = os.environ | dict(OMP_NUM_THREADS='1')
 ARGS = ['--train_steps', 40, '--save_and_sample_every', 20, '--precision', 'fp32', *TINY]
 
 
-def two(name, *args): return [BIN/'torchrun', '--nproc_per_node', '2', '--master_port', str(29500 + os.getpid() % 1000), '--no-python', '--', BIN/name, *map(str, args)]
+PORT = str(29500 + os.getpid() % 1000)
+
+
+def two(name, *args): return [BIN/'torchrun', '--nproc_per_node', '2', '--master_port', PORT, '--no-python', '--', BIN/name, *map(str, args)]
+
+
+def two_by_accelerate(name, *args): return [BIN/'accelerate', 'launch', '--multi_gpu', '--num_processes', '2', '--main_process_port', PORT, '--no_python', name, *map(str, args)]
 
 
 @pytest.fixture(scope='module')
@@ -22,7 +28,7 @@ def runs(pics, tmp_path_factory):
     path = tmp_path_factory.mktemp('runs')
     r = command('ddpm_train', '--data_path', pics, '--save_folder', path/'one', *ARGS, cwd=path)
     assert r.returncode == 0, r.stderr
-    r = subprocess.run(two('ddpm_train', '--data_path', pics, '--save_folder', path/'two', *ARGS), cwd=path, capture_output=True, text=True, env=ENV, timeout=300)
+    r = subprocess.run(two_by_accelerate('ddpm_train', '--data_path', pics, '--save_folder', path/'two', *ARGS), cwd=path, capture_output=True, text=True, env=ENV | dict(PATH=f'{BIN}{os.pathsep}{ENV["PATH"]}'), timeout=300)
     assert r.returncode == 0, r.stderr
     assert r.stdout.count('40 steps done') == 1 # one of them speaks
     return path
