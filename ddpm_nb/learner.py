@@ -186,19 +186,21 @@ def bad(self:FiniteCallback,
     print(f'{what}: {found}; step left out, {self.skipped} so far', file=sys.stderr)
     raise CancelStepException
 
-# %% ../nbs/10_learner.ipynb #4df4e8ab
+# %% ../nbs/10_learner.ipynb #5b6df6ff
 class CheckpointCallback(Callback):
     "Save `model.pt` at the end of each epoch, or where training is asked to stop"
     order = Recorder.order + 2
     def __init__(self, folder, keep=2):
-        self.path, self.keep, self.going_on, self.stop, self.last, self.done = Path(folder)/'model.pt', check_int('keep_checkpoints', keep), None, None, None, 0
+        self.path, self.keep = Path(folder)/'model.pt', check_int('keep_checkpoints', keep)
+        self.going_on, self.stop, self.last, self.done, self.random = None, None, None, 0, None
     def before_fit(self): self.run, self.stop = not hasattr(self.learn, 'lr_finder'), None
     def before_train(self):
-        self.batch, self.done, dl = 0, 0, self.dls.train
+        self.batch, self.done, self.random, dl = 0, 0, None, self.dls.train
         if self.going_on: self.go_on(dl)
         self.data_order = dl.rng.getstate()
     def after_batch(self): self.batch += self.training
     def after_epoch(self): self.save()
+    def cut_short(self): self.done, self.random = self.batch, random_states() # the epoch ends in its midst
     def after_step(self):
         if self.stop is None: return
         self.done = self.batch + 1
@@ -213,14 +215,14 @@ def plain_values(o):
     if isinstance(o, (list, tuple)): return type(o)(map(plain_values, o))
     return o.item() if isinstance(o, np.generic) else o
 
-# %% ../nbs/10_learner.ipynb #d16c5110
+# %% ../nbs/10_learner.ipynb #5ae7b65e
 @patch
 def save(self:CheckpointCallback,
     path=None, # Another file than `model.pt`
 ):
     "Write the model, its average and all that training needs to go on; raises `CannotWrite`"
     l, ema, batch = self.learn, getattr(self.learn, 'ema', None), self.done # batches of the epoch that are done; 0 at its end
-    train = dict(opt=plain_values(l.opt.state_dict()), random=random_states(), epoch=l.epoch + (not batch), batch=batch,
+    train = dict(opt=plain_values(l.opt.state_dict()), random=self.random or random_states(), epoch=l.epoch + (not batch), batch=batch,
                  data_order=self.data_order if batch else self.dls.train.rng.getstate(), iter=l.train_iter + 1, pct=float(l.pct_train + 1/(l.n_iter*l.n_epoch)),
                  rows={k: plain_values(getattr(l, k).rows) for k in ('step_loss', 'fid') if hasattr(l, k)})
     if path is None: self.set_aside()

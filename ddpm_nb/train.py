@@ -77,11 +77,17 @@ def run_folder(
     except OSError as e: refuse('save_folder', f'{str(save_folder)!r} ({e.strerror})', 'a folder that can be written to')
     with only_run(path): yield path
 
-# %% ../nbs/12_train.ipynb #a1e70829
+# %% ../nbs/12_train.ipynb #c93d68d0
 class Epochs(Callback):
-    "Epochs of `every` steps, and a last one that ends at step `total`"
-    def __init__(self, every, total, per_step, first=0): self.every, self.total, self.per_step, self.first = every, total, per_step, first
-    def before_epoch(self): self.dls.train.n = min(self.every, self.total - self.epoch*self.every - self.first)*self.per_step
+    "Epochs that end at each multiple of `every` steps and at step `total`"
+    def __init__(self, every, total, per_step, start=0): self.every, self.total, self.per_step, self.start = every, total, per_step, start
+    def __len__(self): return math.ceil(self.total/self.every) - self.start//self.every
+    def before_epoch(self):
+        n = min(self.every - self.start % self.every, self.total - self.start)
+        self.dls.train.n = n*self.per_step
+        self.start += n
+    def after_train(self):
+        if self.start % self.every: self.learn.checkpoint.cut_short()
 
 # %% ../nbs/12_train.ipynb #8f220f11
 class WandbNames(Callback):
@@ -289,7 +295,7 @@ def same_config(
     diff = [f'{k} {a.get(k)}' for k in b if a.get(k) != b[k]]
     if diff: refuse(f'load_path {path}', f"a model of {', '.join(diff)}", ', '.join(f'{k} {b[k]}' for k in b if a.get(k) != b[k]))
 
-# %% ../nbs/12_train.ipynb #7b383ed0
+# %% ../nbs/12_train.ipynb #fb711497
 def run(
     c:dict, # The parameters of `train_diffusion`
     dls:DataLoaders, # The images
@@ -300,13 +306,16 @@ def run(
 )->DDPMLearner: # The learner, after training
     "Train to step `train_steps`, and leave everything in `folder`"
     every, total = c['save_and_sample_every'], c['train_steps']
-    first = ckpt['step'] if ckpt and not c['resume'] else 0 # steps before the first epoch
-    cbs = [Epochs(every, total, 2*c['batch_size'], first), StepLoss(folder), CheckpointCallback(folder, c['keep_checkpoints']), GridCallback(folder, every, c['n_samples'], c['seed']), Curves(folder)]
+    at = ckpt.get('train', {}) if c['resume'] else {}
+    epoch, batch = (check_int(k, at.get(k, 0), 0) for k in ('epoch', 'batch'))
+    epochs = Epochs(every, total, 2*c['batch_size'], ckpt['step'] - batch//2 if ckpt else 0) # two batches a step
+    n_epoch = epoch + len(epochs)
+    cbs = [epochs, StepLoss(folder), CheckpointCallback(folder, c['keep_checkpoints']), GridCallback(folder, every, c['n_samples'], c['seed']), Curves(folder)]
     for o in scores: o.path = folder/'fid.csv'
     learn = ddpm_learner(dls, lr=c['learning_rate'], diffusion=model, nonfinite=c['nonfinite'], cbs=cbs + list(scores) + logger_cbs(c['logger'], folder, c), path=folder)
     if use_bf16(c['precision'], dls.device): learn.to_bf16()
     if ckpt: (learn.go_on if c['resume'] else learn.begin_with)(ckpt)
-    with stop_by_signal(learn.checkpoint), saved_elsewhere(learn): learn.fit(math.ceil((total - first)/every))
+    with stop_by_signal(learn.checkpoint), saved_elsewhere(learn): learn.fit(n_epoch)
     if learn.checkpoint.stop is not None and learn.ddpm.steps < total: raise Stopped(f'stopped after step {learn.ddpm.steps} of {total}, which is saved; the same command with --resume goes on', 128 + int(learn.checkpoint.stop))
     print(f'{total} steps done; samples, loss and model are in {folder}')
     return learn
