@@ -1,5 +1,7 @@
-import os, shutil, subprocess, sys
+import os, subprocess, sys
 from pathlib import Path
+
+os.environ.setdefault('OMP_NUM_THREADS', '1') # two workers, two cores
 
 import pytest
 

@@ -1,6 +1,6 @@
 """Disks that are full, folders that cannot be written to, processes that are killed, runs that are long.
 
-`KILLS=200 pytest -s tests/test_faults.py -k kill` kills as many times; `SOAK=3000` trains as many steps.
+`KILLS=200 pytest -n 0 -s tests/test_faults.py -k kill` kills as many times; `SOAK=3000` with `-k soak` trains as many steps.
 """
 import os, random, resource, signal, subprocess, sys, time
 from pathlib import Path

@@ -13,6 +13,7 @@ ENV = os.environ | dict(OMP_NUM_THREADS='1')
 ARGS = ['--train_steps', 40, '--save_and_sample_every', 20, '--precision', 'fp32', *TINY]
 
 
+pytestmark = pytest.mark.xdist_group('processes') # one pair of processes at a time
 PORT = str(29500 + os.getpid() % 1000)
 
 
