@@ -8,8 +8,10 @@ __all__ = ['Diffusion', 'chunked', 'best_chunk', 'evaluating', 'damage', 'save_f
 
 # %% ../nbs/07_diffusion.ipynb #70bf2de6
 import zipfile, zlib
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,8 @@ from .unet import *
 # %% ../nbs/07_diffusion.ipynb #fd711baa
 class Diffusion(nn.Module):
     "A denoising diffusion model: a network that guesses noise, and a schedule"
+    noise_like:Callable; q_sample:Callable; p_losses:Callable; denoise:Callable; p_sample:Callable; p_sample_loop:Callable # added below
+    sample:Callable; bits_per_dim:Callable; config:dict; save:Callable
     def __init__(self,
         model:nn.Module, # Takes (x_t, t) and returns the noise, the shape of x_t
         *,
@@ -278,7 +282,7 @@ def build(
 )->Diffusion: # With random weights
     "The model that a configuration describes, if it is of the weights' size"
     wrong = (BadInput, TypeError, KeyError, AttributeError, RuntimeError, OverflowError)
-    def no(e): refuse(str(path), f'a configuration that cannot be built ({e})', 'a file written by Diffusion.save')
+    def no(e)->NoReturn: refuse(str(path), f'a configuration that cannot be built ({e})', 'a file written by Diffusion.save')
     try:
         with torch.device('meta'): shapes = {f'model.{k}': v.shape for k,v in Unet(**config['unet']).state_dict().items()}
         shapes['schedule.alphas'] = (check_int('timesteps', config['timesteps']),)

@@ -293,7 +293,7 @@ def run(
     dls:DataLoaders, # The images
     model:Diffusion, # The model
     folder:Path, # Where to write
-    scores:list=(), # A callback that scores samples, or none
+    scores:tuple|list=(), # A callback that scores samples, or none
     ckpt:dict=None, # The checkpoint of the run that this one goes on with, or begins with
 )->DDPMLearner: # The learner, after training
     "Train to step `train_steps`, and leave everything in `folder`"
@@ -395,7 +395,7 @@ def load_samples(
     if w != h: refuse('samples', f'{files.names[0]} of {w}×{h} pixels', 'square images')
     other = next((o for o in files.names if size_of(files, o) != (w, h)), None)
     if other: refuse('samples', f"images of many sizes, {files.names[0]} of {w}×{h} and {other} of {'×'.join(map(str, size_of(files, other)))}", 'images of one size')
-    return Images(files, files.names, w, 2**40).x
+    return Images(files, files.names, w, limit=0).decode_all()
 
 # %% ../nbs/12_train.ipynb #6705517b
 def size_of(files, name):
@@ -424,12 +424,11 @@ def score_samples(
     check_int('n', n, 6); pick_sampler(sampler, steps)
     keep_freed_memory()
     path, device = check_path('samples', samples), join_processes(device)
-    d = None if path.is_dir() or zipfile.is_zipfile(path) and path.suffix == '.zip' else load_diffusion(path, device)
-    images = load_samples(path) if d is None else None
-    net, size = get_network(network), d.image_size if d else images.shape[-1]
+    what = load_samples(path) if path.is_dir() or zipfile.is_zipfile(path) and path.suffix == '.zip' else load_diffusion(path, device)
+    net, size = get_network(network), what.image_size if isinstance(what, Diffusion) else what.shape[-1]
     real = reference(builtin_faces(data_class) if data_path is None else data_path, net, size, data_class, split, view, on_bad=on_bad, device=device, progress=True)
     seed_everything(seed)
-    if d: images = sample_images(d, n, sampler=sampler, steps=steps, precision='auto', progress=True)
+    images = sample_images(what, n, sampler=sampler, steps=steps, precision='auto', progress=True) if isinstance(what, Diffusion) else what
     score = compute_fid(images, real, net, infinity, device, progress=True)
     print(score)
     return score
