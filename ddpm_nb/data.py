@@ -10,7 +10,7 @@ __all__ = ['UNREADABLE', 'EXTS', 'MAX_BYTES', 'FORMATS', 'is_image_name', 'Files
 # %% ../nbs/01_data.ipynb #15915d64
 import math, os, struct, sys, zipfile, zlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -65,7 +65,7 @@ MAX_BYTES = 2**28
 
 def walk(
     root:Path, # A folder
-): # Yields names of files below it, with `/` between folders
+)->Iterator[str]: # Yields names of files below it, with `/` between folders
     "All files of a folder and the folders in it, linked ones too, each folder once"
     seen = set()
     for folder, dirs, files in os.walk(root, followlinks=True):
@@ -136,7 +136,7 @@ def try_decode(
     files:Files, # Where it is
     name:str, # Which one
     size:int, # Height and width of the result, in pixels
-): # A picture as uint8 array of shape (3, size, size), or the reason why not as `str`
+)->np.ndarray|str: # A picture as uint8 array of shape (3, size, size), or the reason why not
     "Decode one file, or say what is wrong with it"
     try: return decode(files.read(name), size)
     except UNREADABLE as e: return f"{name} ({'no image' if isinstance(e, Image.UnidentifiedImageError) else str(e).split(' <')[0] or type(e).__name__})"

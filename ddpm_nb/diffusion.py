@@ -96,7 +96,7 @@ def forward(self:Diffusion,
 def chunked(
     denoise, # Takes (x_t, t) and returns the noise
     size:int=None, # Images at a time; `best_chunk` by default
-): # A function of (x_t, t) like `denoise`
+)->Callable: # A function of (x_t, t) like `denoise`
     "`denoise`, asked about `size` images at a time"
     def _f(x, t):
         n = size or best_chunk(x.device, x.shape[-1])
@@ -179,7 +179,7 @@ def bits_per_dim(self:Diffusion,
 
 # %% ../nbs/07_diffusion.ipynb #a149d058
 @patch(as_prop=True)
-def config(self:Diffusion):
+def config(self:Diffusion)->dict:
     "All that is needed to build this model again, as plain values"
     if not hasattr(self.model, 'config'): refuse('model', type(self.model).__name__, 'a network with a `config`, such as Unet')
     return dict(image_size=self.image_size, channels=self.channels, timesteps=self.num_timesteps, schedule=self.schedule_name, unet=self.model.config)

@@ -48,7 +48,7 @@ class Features:
 
 # %% ../nbs/09_fid.ipynb #b4f588ee
 @patch(as_prop=True)
-def root(self:Features):
+def root(self:Features)->Tensor:
     "R with R.T@R the covariance: the rows where they are few, else the symmetric root"
     if len(self) <= self.dim: return self.rows
     if not hasattr(self, '_root'):

@@ -170,7 +170,7 @@ def train_diffusion(
     nonfinite:str='stop', # At a loss or gradient that is not finite, 'stop', or 'skip' the step
     logger:str='none', # 'none', 'tensorboard' or 'wandb'
     device:str=None, # Device such as cpu or cuda:0; the best one by default
-): # The fastai `Learner`
+)->DDPMLearner: # The fastai `Learner`
     "Train a denoising diffusion model on images (the assignment's Tables 2 to 4)"
     config = {k: str(v) if isinstance(v, Path) else v for k,v in locals().items()} | dict(unet_dim_mults=ints(unet_dim_mults))
     every, total = check_int('save_and_sample_every', save_and_sample_every), check_int('train_steps', train_steps)
