@@ -4,6 +4,8 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from trove_classifiers import classifiers
+
 import ddpm_nb
 
 top = Path(__file__).parent.parent
@@ -64,7 +66,14 @@ def test_sdist_has_what_builds_it_and_nothing_else(dist):
 
 def test_the_version_has_one_place(meta):
     assert meta['Version'] == ddpm_nb.__version__ == cfg['version']
-    assert f"## [{cfg['version']}]" in (top/'CHANGELOG.md').read_text()
+
+
+def test_the_changelog_keeps_its_form():
+    text = (top/'CHANGELOG.md').read_text()
+    heads = re.findall(r'^## (.*)$', text, re.M)
+    assert heads[0] == '[Unreleased]' and [o for o in heads[1:] if not re.fullmatch(r'\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d', o)] == []
+    assert set(re.findall(r'^### (.*)$', text, re.M)) <= {'Added', 'Changed', 'Deprecated', 'Removed', 'Fixed', 'Security'}
+    for o in heads: assert re.search(rf"^{re.escape(o.split(' ')[0])}: {cfg['git_url']}/", text, re.M), o
 
 
 def test_metadata_is_complete(meta):
@@ -79,8 +88,7 @@ def test_metadata_is_complete(meta):
 
 
 def test_classifiers_are_known(meta):
-    known = pytest.importorskip('trove_classifiers').classifiers
-    assert [o for o in meta.get_all('Classifier') if o not in known] == []
+    assert [o for o in meta.get_all('Classifier') if o not in classifiers] == []
 
 
 def test_pypi_takes_the_readme_and_its_links_lead_out(dist, meta):
