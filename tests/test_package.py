@@ -14,15 +14,17 @@ ini.read(top/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 
 
-def git_files(*args): return [o for o in subprocess.check_output(['git', 'ls-files', '-z', *args], cwd=top, text=True).split('\0') if o]
+def files(*folders):
+    "What is of the project in `folders`, without what git ignores"
+    names = subprocess.check_output(['git', 'ls-files', '-z', '-co', '--exclude-standard', *folders], cwd=top, text=True).split('\0')
+    return [o for o in names if o and (top/o).exists()]
 
 
 @pytest.fixture(scope='module')
 def dist(tmp_path_factory):
     "A folder with the sdist, and the wheel that was built from the sdist"
     src = tmp_path_factory.mktemp('package')/'src' # a copy: an earlier `build/` or `egg-info` would get into the wheel
-    for o in git_files('-co', '--exclude-standard'):
-        if not (top/o).exists(): continue
+    for o in files():
         (src/o).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(top/o, src/o)
     r = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', src], cwd=src, capture_output=True, text=True)
@@ -40,9 +42,7 @@ def wheel(dist):
 def meta(wheel): return email.message_from_bytes(next(v for k,v in wheel.items() if k.endswith('/METADATA')))
 
 
-def in_package():
-    "Files of the package that git knows"
-    return {o for o in git_files('ddpm_nb') if (top/o).exists()}
+def in_package(): return set(files('ddpm_nb'))
 
 
 def test_the_package_has_modules_and_data_only():
