@@ -5,9 +5,6 @@ from pathlib import Path
 
 import pytest, yaml
 
-from ddpm_nb.sampling import SAMPLERS
-from ddpm_nb.schedule import SCHEDULES
-
 top = Path(__file__).parent.parent
 text = (top/'CONTRIBUTING.md').read_text()
 workflows = sorted((top/'.github'/'workflows').glob('*.yml'))
@@ -16,6 +13,8 @@ programs = re.findall(r'^## Add an? (.+?)\n.*?^```python\n(.*?)^```', text, re.M
 
 @pytest.mark.parametrize('name,src', programs, ids=[o for o,_ in programs])
 def test_program_runs_as_written(name, src, tmp_path, monkeypatch):
+    from ddpm_nb.sampling import SAMPLERS
+    from ddpm_nb.schedule import SCHEDULES
     monkeypatch.chdir(tmp_path)
     for d in (SAMPLERS, SCHEDULES): # what a program registers is gone after it
         for k in ('means', 'power'): monkeypatch.setitem(d, k, None); monkeypatch.delitem(d, k)
