@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from fastcore.basics import noop, store_attr
+from fastcore.basics import noop
 
 from .core import *
 
@@ -30,7 +30,7 @@ class Corrupt(BadInput): "A zip that is damaged or cut short: only another copy 
 class Bar:
     "One line on stderr: percent, MB, speed and time left"
     def __init__(self, what, total, n=0):
-        store_attr()
+        self.what,self.total,self.n = what,total,n
         self.n0,self.t0,self.tty = n,time.monotonic(),sys.stderr.isatty()
         self.last = self.t0
 
@@ -237,7 +237,7 @@ def unzipping(path):
         with zipfile.ZipFile(path) as z: yield z
     except BadInput: raise
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, RuntimeError) as e:
-        if getattr(e, 'errno', errno.EINVAL) != errno.EINVAL: refuse(f'zip {path}', e.strerror, 'a zip that can be read')
+        if getattr(e, 'errno', errno.EINVAL) != errno.EINVAL: refuse(f'zip {path}', getattr(e, 'strerror', ''), 'a zip that can be read')
         raise Corrupt(f'zip {path}: found damage ({" ".join(str(e).split())[:100]}); allowed: a whole one, get it again') from None
 
 # %% ../nbs/00b_afhq.ipynb #0540ab04

@@ -13,6 +13,7 @@ import ctypes, os, random, sys, warnings
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np, torch
 import torch.distributed as dist
@@ -35,7 +36,7 @@ def refuse(
     what:str, # The argument or file it is about
     found, # What was found
     allowed:str, # What is allowed, or what to do
-):
+)->NoReturn:
     "Raise `BadInput` in the form that is used everywhere"
     line = f"{what}: found {found}; allowed: {allowed}"
     raise BadInput(' '.join(line.split()))
@@ -230,7 +231,7 @@ def seed_everything(
 def random_states()->dict: # By library, plain values and tensors
     "The states of Python's, NumPy's and PyTorch's generators"
     kind, keys, *rest = np.random.get_state()
-    return dict(python=random.getstate(), numpy=(kind, torch.from_numpy(keys.astype(np.int64)), *rest), torch=torch.get_rng_state(),
+    return dict(python=random.getstate(), numpy=(kind, torch.tensor(keys, dtype=torch.int64), *rest), torch=torch.get_rng_state(),
                 cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
 
 # %% ../nbs/00_core.ipynb #0b9382df

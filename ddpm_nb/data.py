@@ -10,6 +10,7 @@ __all__ = ['UNREADABLE', 'EXTS', 'MAX_BYTES', 'FORMATS', 'is_image_name', 'Files
 # %% ../nbs/01_data.ipynb #15915d64
 import math, os, struct, sys, zipfile, zlib
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -64,7 +65,7 @@ MAX_BYTES = 2**28
 
 def walk(
     root:Path, # A folder
-): # Yields names of files below it, with `/` between folders
+)->Iterator[str]: # Yields names of files below it, with `/` between folders
     "All files of a folder and the folders in it, linked ones too, each folder once"
     seen = set()
     for folder, dirs, files in os.walk(root, followlinks=True):
@@ -128,14 +129,14 @@ def decode(
     with Image.open(BytesIO(data), formats=FORMATS) as im:
         if im.width*im.height > (Image.MAX_IMAGE_PIXELS or math.inf): raise ValueError(f'{im.width}×{im.height} pixels, more than {Image.MAX_IMAGE_PIXELS}')
         im = to_rgb(ImageOps.exif_transpose(im))
-    return np.array(ImageOps.fit(im, (size, size), Image.BILINEAR)).transpose(2, 0, 1)
+    return np.array(ImageOps.fit(im, (size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
 
 # %% ../nbs/01_data.ipynb #7aa136e7
 def try_decode(
     files:Files, # Where it is
     name:str, # Which one
     size:int, # Height and width of the result, in pixels
-): # A picture as uint8 array of shape (3, size, size), or the reason why not as `str`
+)->np.ndarray|str: # A picture as uint8 array of shape (3, size, size), or the reason why not
     "Decode one file, or say what is wrong with it"
     try: return decode(files.read(name), size)
     except UNREADABLE as e: return f"{name} ({'no image' if isinstance(e, Image.UnidentifiedImageError) else str(e).split(' <')[0] or type(e).__name__})"
@@ -156,6 +157,7 @@ def report_bad(
 # %% ../nbs/01_data.ipynb #d5c6ea47
 class Images:
     "Pictures as uint8 tensors of shape (3, size, size), decoded once, or at each use if they exceed `limit` bytes"
+    decode_all:Callable; decode_some:Callable; __getitem__:Callable # added below
     def __init__(self,
         files:Files, # Where they are
         names:list, # Which ones
@@ -231,8 +233,9 @@ def train_view(
     size:int, # Height and width of the view, in pixels
 )->Tensor: # Values in [-1, 1], shape (b, c, size, size)
     "A random crop and a coin flip of each picture"
-    room, b, kw = x.shape[-1] - size + 1, len(x), dict(device=x.device)
-    x = crop(x, size, torch.randint(room, (b,), **kw), torch.randint(room, (b,), **kw), torch.rand(b, **kw) < .5)
+    room, b, device = x.shape[-1] - size + 1, len(x), x.device
+    top, left = (torch.randint(room, (b,), device=device) for _ in range(2))
+    x = crop(x, size, top, left, torch.rand(b, device=device) < .5)
     return x.float()/127.5 - 1
 
 # %% ../nbs/01_data.ipynb #7813b7ad

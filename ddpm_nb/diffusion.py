@@ -6,11 +6,13 @@
 __all__ = ['Diffusion', 'chunked', 'best_chunk', 'evaluating', 'damage', 'save_file', 'read_checkpoint', 'not_finite',
            'check_weights', 'load_weights', 'build', 'load_diffusion', 'pretrained_file', 'read_pretrained']
 
-# %% ../nbs/07_diffusion.ipynb #baa9260e
+# %% ../nbs/07_diffusion.ipynb #17f93580
 import json, zipfile, zlib
+from collections.abc import Callable
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -43,10 +45,12 @@ images = d.sample(16) # in [0, 1], shape (16, 3, size, size)
 ```
 """
 
-# %% ../nbs/07_diffusion.ipynb #e78e9504
+# %% ../nbs/07_diffusion.ipynb #7d5530dd
 class Diffusion(nn.Module, ModelHubMixin, library_name='ddpm_nb', license='apache-2.0', pipeline_tag='unconditional-image-generation',
                 tags=['ddpm', 'diffusion'], repo_url='https://github.com/ddpm-nb/ddpm_nb', model_card_template=CARD):
     "A denoising diffusion model: a network that guesses noise, and a schedule"
+    noise_like:Callable; q_sample:Callable; p_losses:Callable; denoise:Callable; p_sample:Callable; p_sample_loop:Callable # added below
+    sample:Callable; bits_per_dim:Callable; config:dict; save:Callable
     def __init__(self,
         model:nn.Module, # Takes (x_t, t) and returns the noise, the shape of x_t
         *,
@@ -109,11 +113,11 @@ def forward(self:Diffusion,
     t = torch.randint(0, self.num_timesteps, (len(x_0),), device=x_0.device)
     return self.p_losses(x_0, t, noise)
 
-# %% ../nbs/07_diffusion.ipynb #8aa00b4c
+# %% ../nbs/07_diffusion.ipynb #e038a6d6
 def chunked(
     denoise, # Takes (x_t, t) and returns the noise
     size:int=None, # Images at a time; `best_chunk` by default
-): # A function of (x_t, t) like `denoise`
+)->Callable: # A function of (x_t, t) like `denoise`
     "`denoise`, asked about `size` images at a time"
     def _f(x, t):
         n = size or best_chunk(x.device, x.shape[-1])
@@ -194,9 +198,9 @@ def bits_per_dim(self:Diffusion,
     with evaluating(self):
         return bits_per_dim(self.denoise, self.schedule, x_0, noise_like=lambda x: self.noise_like(x.shape, x.device))
 
-# %% ../nbs/07_diffusion.ipynb #a149d058
+# %% ../nbs/07_diffusion.ipynb #455e2d7e
 @patch(as_prop=True)
-def config(self:Diffusion):
+def config(self:Diffusion)->dict:
     "All that is needed to build this model again, as plain values"
     if not hasattr(self.model, 'config'): refuse('model', type(self.model).__name__, 'a network with a `config`, such as Unet')
     return dict(image_size=self.image_size, channels=self.channels, timesteps=self.num_timesteps, schedule=self.schedule_name, unet=self.model.config)
@@ -291,7 +295,7 @@ def load_weights(
     check_weights(diffusion, ckpt, key, name)
     diffusion.load_state_dict(ckpt[key])
 
-# %% ../nbs/07_diffusion.ipynb #9f7d0232
+# %% ../nbs/07_diffusion.ipynb #d3d2e35b
 def build(
     config:dict, # A checkpoint's configuration
     weights:dict, # Its tensors by name
@@ -299,7 +303,7 @@ def build(
 )->Diffusion: # With random weights
     "The model that a configuration describes, if it is of the weights' size"
     wrong = (BadInput, TypeError, KeyError, AttributeError, RuntimeError, OverflowError)
-    def no(e): refuse(str(path), f'a configuration that cannot be built ({e})', 'a file written by Diffusion.save')
+    def no(e)->NoReturn: refuse(str(path), f'a configuration that cannot be built ({e})', 'a file written by Diffusion.save')
     try:
         with torch.device('meta'): shapes = {f'model.{k}': v.shape for k,v in Unet(**config['unet']).state_dict().items()}
         shapes['schedule.alphas'] = (check_int('timesteps', config['timesteps']),)

@@ -8,6 +8,7 @@ __all__ = ['DOMAINS', 'faces', 'write_faces', 'builtin_faces']
 # %% ../nbs/00a_faces.ipynb #0200b40c
 import math, os, shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,12 +95,12 @@ def triangle(
     *pts,     # Three corners (x,y), clockwise as you look at it
 )->Tensor: # (n,h,w)
     "Signed distance to a triangle: the furthest out of its three sides"
-    d = None
+    d = torch.full_like(x, -math.inf)
     for (ax,ay), (bx,by) in zip(pts, pts[1:]+pts[:1]):
         ex, ey = bx-ax, by-ay
         l = (ex*ex + ey*ey)**.5
         e = (x-ax)*(ey/l) - (y-ay)*(ex/l)
-        d = e if d is None else torch.maximum(d, e)
+        d = torch.maximum(d, e)
     return d
 
 # %% ../nbs/00a_faces.ipynb #f5b32d1f
@@ -210,7 +211,7 @@ def at(
     s,         # Scene
     z=0,       # Depth: 0 is the plane of the face, .5 the tip of a long nose
     both=True, # Fold the face so that both halves are painted?
-): # x, y, (n,h,w)
+)->tuple[Tensor, Tensor]: # x, y, (n,h,w)
     "The face's coordinates, as seen at depth `z`"
     x, y = s.x - s.yaw*z, s.y - s.pitch*z
     return (x.abs_() if both else x), y
@@ -256,7 +257,7 @@ def light(
     *bumps,   # Ovals (z, cx, cy, rx, ry) with their height at the end
 )->Tensor: # `c`
     "Light a coat from above, and a little from one side"
-    h = 0
+    h = torch.zeros_like(s.x)
     for z,cx,cy,rx,ry,up in bumps:
         x, y = at(s, z)
         h = h + up*torch.exp(-((x-cx)/rx).square_() - ((y-cy)/ry).square_())
@@ -283,11 +284,7 @@ def head(
     *ovals,   # (z, cx, cy, rx, ry) each
 ):
     "Paint a head: ovals melted together"
-    d = None
-    for z,*o in ovals:
-        e = ellipse(*at(s, z), *o)
-        d = e if d is None else melt(d, e)
-    put(s, c, d, hair=.11)
+    put(s, c, reduce(melt, [ellipse(*at(s, z), *o) for z,*o in ovals]), hair=.11)
 
 # %% ../nbs/00a_faces.ipynb #5c67b08e
 def pricked(
@@ -668,7 +665,7 @@ def _wolf(s):
     body(s, c, white)
     _upright(s, base*.6)
     for o in (.1, .36, .3, .36, .34, -.5), (.12, .24, -.24, .1, .06, .5): oval(s, white, o, soft=.08, hair=.1, on=c)
-    for o in (.12, 0, -.4, .15, .3), (.25, .26, .6, .1, .25): oval(s, base*.5, o, soft=.12, alpha=.8, on=c)
+    for p in (.12, 0, -.4, .15, .3), (.25, .26, .6, .1, .25): oval(s, base*.5, p, soft=.12, alpha=.8, on=c)
     oval(s, white, (.35, 0, .5, .23, .3), soft=.04, hair=.08, on=c)
     oval(s, base*.8, (.3, 0, .1, .12, .34), soft=.06, hair=.08, on=c)
     snout(s, c, pick(r, 'e0b63a d9a02b c9c04a'), .46, .28)

@@ -10,6 +10,7 @@ __all__ = ['INCEPTION', 'INCEPTION_SHA256', 'NETWORKS', 'Features', 'frechet_dis
 
 # %% ../nbs/09_fid.ipynb #f40d7a2f
 import hashlib, json, platform, sys, zipfile
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from .data import *
 # %% ../nbs/09_fid.ipynb #1f5e9ec4
 class Features:
     "The features of a set of images, and what distances need of them"
+    root:Tensor # added below
+    _kk:Tensor; _radii:dict # kept for the next comparison
     def __init__(self,
         x, # Features, shape (n, d); tensor or array
     ):
@@ -45,7 +48,7 @@ class Features:
 
 # %% ../nbs/09_fid.ipynb #b4f588ee
 @patch(as_prop=True)
-def root(self:Features):
+def root(self:Features)->Tensor:
     "R with R.T@R the covariance: the rows where they are few, else the symmetric root"
     if len(self) <= self.dim: return self.rows
     if not hasattr(self, '_root'):
@@ -94,6 +97,7 @@ def clean_resize(
 # %% ../nbs/09_fid.ipynb #72d069dd
 class Network:
     "A network that turns images into features, with its name"
+    __call__:Callable; all:Callable # added below
     def __init__(self,
         f, # Takes images of values in [0, 255], shape (b, 3, 299, 299), and returns features, shape (b, d)
         name:str, # Its name; 'inception' is reserved for clean-fid's
@@ -249,7 +253,7 @@ def kid(
     less_x = (xx - 2*aa)/((m-1)*(m-2)) + B - 2*(xy - ab)/((m-1)*n)  # without each x
     less_y = A + (yy - 2*bb)/((n-1)*(n-2)) - 2*(xy - ba)/(m*(n-1))  # without each y
     var = sum((k-1)/k*(o - o.mean()).square().sum() for k,o in ((m, less_x), (n, less_y)))
-    return (A + B - 2*C).item(), var.sqrt().item()
+    return (A + B - 2*C).item(), float(var)**.5
 
 # %% ../nbs/09_fid.ipynb #2cdfa5d0
 def radii(

@@ -251,7 +251,7 @@ def go_on(self:CheckpointCallback,
     dl, # The loader of training images, about to begin an epoch
 ):
     "Put the optimizer, the generators and the loader where they were"
-    s, self.going_on = self.going_on, None
+    s, self.going_on = self.going_on or {}, None
     try:
         self.learn.opt.load_state_dict(s['opt'])
         dl.rng.setstate(s['data_order'])

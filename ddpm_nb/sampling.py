@@ -6,6 +6,8 @@
 __all__ = ['SAMPLERS', 'ancestral', 'ddim_step', 'ddim_times', 'ddim', 'pick_sampler', 'sample_batches', 'sample_images']
 
 # %% ../nbs/08_sampling.ipynb #697802b1
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def ancestral(
     x:Tensor, # Noise x_T, shape (b, c, h, w)
     noise_like=torch.randn_like, # Fresh noise for a tensor
     clamp:bool=True, # Clamp each guess of the image to [-1, 1]
-): # Yields (time index, images after the step, guess of x_0)
+)->Iterator[tuple[int, Tensor, Tensor]]: # Yields (time index, images after the step, guess of x_0)
     "All steps of Algorithm 2"
     for i in reversed(range(len(sched))):
         t = torch.full((len(x),), i, device=x.device)
@@ -65,7 +67,7 @@ def ddim(
     clamp:bool=True, # Clamp each guess of the image to [-1, 1]
     steps:int=None, # Evaluations of the denoiser, from 1 to T; T by default
     eta:float=0., # Share of fresh noise, from 0 (none) to 1 (as in ancestral sampling)
-): # Yields (time index, images after the step, guess of x_0)
+)->Iterator[tuple[int, Tensor, Tensor]]: # Yields (time index, images after the step, guess of x_0)
     "All steps of DDIM (@eq-ddim)"
     check_float('eta', eta, 0, 1.0001)
     times = ddim_times(len(sched), steps)
@@ -84,7 +86,7 @@ def pick_sampler(
     name:str='ancestral', # A key of `SAMPLERS`
     steps:int=None, # Evaluations of the denoiser, DDIM only
     eta:float=0., # Share of fresh noise, DDIM only
-):
+)->tuple[Callable, dict]:
     "The sampler of that name and its arguments"
     if name not in SAMPLERS: refuse('sampler', repr(name), ', '.join(SAMPLERS))
     if name == 'ddim': return ddim, dict(steps=steps, eta=eta)
@@ -102,7 +104,7 @@ def sample_batches(
     size:int=512, # Images in a pass
     precision:str='fp32', # 'fp32', 'bf16', or 'auto': bf16 where the device multiplies it in hardware
     progress:bool=False, # Show a progress bar?
-): # Yields images in [0, 1] on the CPU, `size` at a time
+)->Iterator[Tensor]: # Yields images in [0, 1] on the CPU, `size` at a time
     "Passes of new images; memory is bounded by one pass"
     (f, kwargs), bf16 = pick_sampler(sampler, steps, eta), use_bf16(precision, diffusion.device)
     shape = (diffusion.channels, diffusion.image_size, diffusion.image_size)

@@ -8,6 +8,7 @@ __all__ = ['SCHEDULES', 'cosine_alphas_cumprod', 'clipped_alphas', 'cosine_sched
 
 # %% ../nbs/02_schedule.ipynb #783b4d95
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +108,10 @@ def posterior_coefs(
 # %% ../nbs/02_schedule.ipynb #43bd2ea7
 class Schedule(nn.Module):
     "The coefficients of a diffusion process, computed in float64 and held as buffers of shape (T,)"
+    alphas:Tensor; sqrt_alphas:Tensor; sqrt_one_minus_alphas:Tensor
+    alphas_cumprod:Tensor; sqrt_alphas_cumprod:Tensor; sqrt_one_minus_alphas_cumprod:Tensor; alphas_cumprod_prev:Tensor
+    sqrt_recip_alphas_cumprod:Tensor; sqrt_recipm1_alphas_cumprod:Tensor
+    posterior_mean_coef_xt:Tensor; posterior_mean_coef_x0:Tensor; posterior_variance:Tensor; posterior_std:Tensor
     def __init__(self,
         alphas:Tensor, # α_1, ..., α_T, each in (0, 1], the first below 1
         dtype=torch.float32, # What the buffers are stored as; float64 for proofs
@@ -123,7 +128,7 @@ class Schedule(nn.Module):
     def extra_repr(self): return f'timesteps={len(self)}'
 
 # %% ../nbs/02_schedule.ipynb #fde98ee3
-SCHEDULES = dict(cosine=cosine_schedule, linear=linear_schedule, sigmoid=sigmoid_schedule)
+SCHEDULES:dict[str, Callable[..., Tensor]] = dict(cosine=cosine_schedule, linear=linear_schedule, sigmoid=sigmoid_schedule)
 
 # %% ../nbs/02_schedule.ipynb #b71b8a73
 def make_schedule(

@@ -150,7 +150,7 @@ def score_cbs(
     real = reference(path, net, c['image_size'], c['data_class'], on_bad=c['on_bad'], device=dls.device, progress=True)
     return [FIDCallback(real, net, n=c['fid_samples'], seed=c['seed'], progress=True)]
 
-# %% ../nbs/12_train.ipynb #ea66b206
+# %% ../nbs/12_train.ipynb #b24177f8
 def train_diffusion(
     train_steps:int=1000, # Optimizer steps in all; each sees two batches
     save_and_sample_every:int=100, # Steps between two milestones: held-out loss, samples, checkpoint
@@ -178,7 +178,7 @@ def train_diffusion(
     nonfinite:str='stop', # At a loss or gradient that is not finite, 'stop', or 'skip' the step
     logger:str='none', # 'none', 'tensorboard' or 'wandb'
     device:str=None, # Device such as cpu or cuda:0; the best one by default
-): # The fastai `Learner`
+)->DDPMLearner: # The fastai `Learner`
     "Train a denoising diffusion model on images (the assignment's Tables 2 to 4)"
     config = {k: str(v) if isinstance(v, Path) else v for k,v in locals().items()} | dict(unet_dim_mults=ints(unet_dim_mults))
     every, total = check_int('save_and_sample_every', save_and_sample_every), check_int('train_steps', train_steps)
@@ -295,13 +295,13 @@ def same_config(
     diff = [f'{k} {a.get(k)}' for k in b if a.get(k) != b[k]]
     if diff: refuse(f'load_path {path}', f"a model of {', '.join(diff)}", ', '.join(f'{k} {b[k]}' for k in b if a.get(k) != b[k]))
 
-# %% ../nbs/12_train.ipynb #fb711497
+# %% ../nbs/12_train.ipynb #878d5281
 def run(
     c:dict, # The parameters of `train_diffusion`
     dls:DataLoaders, # The images
     model:Diffusion, # The model
     folder:Path, # Where to write
-    scores:list=(), # A callback that scores samples, or none
+    scores:tuple|list=(), # A callback that scores samples, or none
     ckpt:dict=None, # The checkpoint of the run that this one goes on with, or begins with
 )->DDPMLearner: # The learner, after training
     "Train to step `train_steps`, and leave everything in `folder`"
@@ -408,7 +408,7 @@ def sample_diffusion(
     print(f'{n} images are in {folder}')
     return folder
 
-# %% ../nbs/12_train.ipynb #5f1dfda0
+# %% ../nbs/12_train.ipynb #0120f42c
 def load_samples(
     path, # A folder or zip file of generated images, all of one size
 )->torch.Tensor: # uint8, shape (n, 3, size, size)
@@ -418,7 +418,7 @@ def load_samples(
     if w != h: refuse('samples', f'{files.names[0]} of {w}×{h} pixels', 'square images')
     other = next((o for o in files.names if size_of(files, o) != (w, h)), None)
     if other: refuse('samples', f"images of many sizes, {files.names[0]} of {w}×{h} and {other} of {'×'.join(map(str, size_of(files, other)))}", 'images of one size')
-    return Images(files, files.names, w, 2**40).x
+    return Images(files, files.names, w, limit=0).decode_all()
 
 # %% ../nbs/12_train.ipynb #6705517b
 def size_of(files, name):
@@ -427,7 +427,7 @@ def size_of(files, name):
         with Image.open(BytesIO(files.read(name))) as im: return im.size
     except UNREADABLE as e: refuse('samples', f'{name}, which cannot be read ({type(e).__name__})', 'readable images')
 
-# %% ../nbs/12_train.ipynb #c62c0111
+# %% ../nbs/12_train.ipynb #c13bed40
 def score_samples(
     samples:str=None, # Checkpoint to draw samples from, or a folder or zip file of generated images; by default ./results/model.pt, or where there is none the package's own model
     data_path:str=None, # Folder or zip file of real images; the built-in faces by default
@@ -447,12 +447,11 @@ def score_samples(
     check_int('n', n, 6); pick_sampler(sampler, steps)
     keep_freed_memory()
     path, device = None if samples is None else check_path('samples', samples), join_processes(device)
-    d = None if path and (path.is_dir() or zipfile.is_zipfile(path) and path.suffix == '.zip') else load_model(path, device)
-    images = load_samples(path) if d is None else None
-    net, size = get_network(network), d.image_size if d else images.shape[-1]
+    what = load_samples(path) if path and (path.is_dir() or zipfile.is_zipfile(path) and path.suffix == '.zip') else load_model(path, device)
+    net, size = get_network(network), what.image_size if isinstance(what, Diffusion) else what.shape[-1]
     real = reference(builtin_faces(data_class) if data_path is None else data_path, net, size, data_class, split, view, on_bad=on_bad, device=device, progress=True)
     seed_everything(seed)
-    if d: images = sample_images(d, n, sampler=sampler, steps=steps, precision='auto', progress=True)
+    images = sample_images(what, n, sampler=sampler, steps=steps, precision='auto', progress=True) if isinstance(what, Diffusion) else what
     score = compute_fid(images, real, net, infinity, device, progress=True)
     print(score)
     return score

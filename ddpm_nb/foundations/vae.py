@@ -27,7 +27,7 @@ class VAE(NamedTuple):
     b2:Tensor # Of the logarithm of its variance
     w3:Tensor # Of the decoder's mean
     b3:Tensor # Of the decoder's mean
-    s2:float=.1 # The decoder's variance, fixed
+    s2:float|Tensor=.1 # The decoder's variance, fixed
 
 # %% ../../nbs/foundations/04_vae.ipynb #31fcdbd2
 def encode(
