@@ -1,4 +1,4 @@
-import os, subprocess, sys
+import os, subprocess, sys, venv
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1') # two workers, two cores
@@ -16,6 +16,18 @@ def pics(tmp_path_factory):
     path = tmp_path_factory.mktemp('pics')
     for d in ('cat', 'dog'): write_faces(path, d, n_train=40, n_val=8)
     return path
+
+
+@pytest.fixture(scope='session')
+def newest(tmp_path_factory):
+    "The `bin` of a virtual environment that holds the package, no extras, and the newest of what it needs"
+    path = tmp_path_factory.mktemp('newest')/'venv'
+    venv.create(path, with_pip=True)
+    bin = path/('Scripts' if os.name == 'nt' else 'bin')
+    env = {k: v for k,v in os.environ.items() if k not in ('PYTHONPATH', 'VIRTUAL_ENV')}
+    r = subprocess.run([bin/'python', '-m', 'pip', 'install', '-q', str(Path(__file__).parent.parent)], capture_output=True, text=True, env=env)
+    assert r.returncode == 0, r.stderr[-3000:]
+    return bin
 
 
 def command(name, *args, cwd=None, bin=Path(sys.executable).parent, env=None):

@@ -1,8 +1,7 @@
 "The package on its own: what an import brings along, and an installation with the newest of everything."
-import os, re, subprocess, sys, venv
+import re, subprocess, sys
 from pathlib import Path
 
-import pytest
 from conftest import TINY, command
 
 top = Path(__file__).parent.parent
@@ -21,18 +20,6 @@ def test_modules_import_only_from_the_floors_below():
         used += re.findall(r'^from \.(\w+) import', (top/'ddpm_nb'/f'{m}.py').read_text(), re.M)
         assert used or m == 'core'
         assert [o for o in used if o not in order[:i]] == [], m
-
-
-@pytest.fixture(scope='module')
-def newest(tmp_path_factory):
-    "The `bin` of a virtual environment that holds the package, no extras, and the newest of what it needs"
-    path = tmp_path_factory.mktemp('newest')/'venv'
-    venv.create(path, with_pip=True)
-    bin = path/('Scripts' if os.name == 'nt' else 'bin')
-    env = {k: v for k,v in os.environ.items() if k not in ('PYTHONPATH', 'VIRTUAL_ENV')}
-    r = subprocess.run([bin/'python', '-m', 'pip', 'install', '-q', str(top)], capture_output=True, text=True, env=env)
-    assert r.returncode == 0, r.stderr[-3000:]
-    return bin
 
 
 def test_newest_stack_trains_samples_and_visualizes(newest, pics, tmp_path):
