@@ -172,7 +172,9 @@ class Images:
     def __len__(self): return len(self.names)
 
 # %% ../nbs/01_data.ipynb #dddac1b6
-def workers(): return min(8, os.cpu_count() or 1)
+def workers()->int: # From 1 to 8
+    "How many threads decode"
+    return min(8, os.cpu_count() or 1)
 
 @patch
 def decode_all(self:Images,

@@ -69,7 +69,9 @@ class Diffusion(nn.Module, ModelHubMixin, library_name='ddpm_nb', license='apach
         self.chunk = None
 
     @property
-    def device(self): return self.schedule.device
+    def device(self):
+        "Where the coefficients are"
+        return self.schedule.device
 
 # %% ../nbs/07_diffusion.ipynb #6f4dc314
 @patch

@@ -38,13 +38,21 @@ class Features:
 
     def __len__(self): return len(self.x)
     @property
-    def dim(self): return self.x.shape[1]
+    def dim(self):
+        "Features of an image"
+        return self.x.shape[1]
     @cached_property
-    def mean(self): return self.x.double().mean(0)
+    def mean(self):
+        "Mean of the features, float64, of shape (dim,)"
+        return self.x.double().mean(0)
     @cached_property
-    def rows(self): return (self.x.double() - self.mean)/(len(self) - 1)**.5 # rows.T@rows is the covariance
+    def rows(self):
+        "A matrix of shape (n, dim) with rows.T@rows the covariance"
+        return (self.x.double() - self.mean)/(len(self) - 1)**.5
     @cached_property
-    def cov(self): return self.rows.T@self.rows
+    def cov(self):
+        "Covariance of the features, float64, of shape (dim, dim)"
+        return self.rows.T@self.rows
 
 # %% ../nbs/09_fid.ipynb #b4f588ee
 @patch(as_prop=True)
@@ -106,7 +114,9 @@ class Network:
     ): self.f, self.name, self.key, self.batch_size = f, name, name if key is None else key, check_int('batch_size', batch_size)
 
     @property
-    def label(self): return 'FID' if self.name == 'inception' else f'FD ({self.name})'
+    def label(self):
+        "What a distance in its features is called"
+        return 'FID' if self.name == 'inception' else f'FD ({self.name})'
     def __repr__(self): return f'Network({self.name})'
 
 # %% ../nbs/09_fid.ipynb #e8091ff5

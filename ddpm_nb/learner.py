@@ -49,6 +49,7 @@ class DDPMCallback(Callback):
         self.learn.xb, self.learn.yb = (self.diffusion.q_sample(x, t, noise), t), (noise,)
 
     def draw(self, x):
+        "A time and noise for each image"
         t = torch.randint(0, self.diffusion.num_timesteps, (len(x),), device=x.device)
         return t, self.diffusion.noise_like(x.shape, x.device)
 
@@ -87,6 +88,7 @@ class EMACallback(Callback):
         self.run = not hasattr(self.learn, 'lr_finder')
         if self.run and not hasattr(self, 'avg'): self.make()
     def make(self):
+        "Begin the average with the weights as they are"
         self.avg = AveragedModel(self.learn.diffusion, multi_avg_fn=ema_average(self.decay))
         self.avg.requires_grad_(False).eval()
     def after_step(self): self.avg.update_parameters(self.learn.diffusion)
@@ -200,7 +202,9 @@ class CheckpointCallback(Callback):
         self.data_order = dl.rng.getstate()
     def after_batch(self): self.batch += self.training
     def after_epoch(self): self.save()
-    def cut_short(self): self.done, self.random = self.batch, random_states() # the epoch ends in its midst
+    def cut_short(self):
+        "The epoch ends in its midst"
+        self.done, self.random = self.batch, random_states()
     def after_step(self):
         if self.stop is None: return
         self.done = self.batch + 1
@@ -307,7 +311,9 @@ class DDPMLearner(Learner):
         if hasattr(self, 'progress') and getattr(self.progress, 'mbar', None): self.progress.mbar.update(0) # a bar that does not begin at 0 has no start
         first, self.first_epoch = self.first_epoch, 0
         for self.epoch in range(first, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
-    def to_bf16(self): return self.add_cb(BF16())
+    def to_bf16(self):
+        "Train in bfloat16"
+        return self.add_cb(BF16())
     @property
     def averaged(self):
         "The model to sample from: the average where there is one"

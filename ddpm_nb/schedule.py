@@ -124,7 +124,9 @@ class Schedule(nn.Module):
 
     def __len__(self): return len(self.alphas)
     @property
-    def device(self): return self.alphas.device
+    def device(self):
+        "Where the coefficients are"
+        return self.alphas.device
     def extra_repr(self): return f'timesteps={len(self)}'
 
 # %% ../nbs/02_schedule.ipynb #fde98ee3

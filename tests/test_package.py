@@ -99,7 +99,7 @@ def test_pypi_takes_the_readme_and_its_links_lead_out(dist, meta):
     assert len(links) > 10 and [o for o in links if not o.startswith(('https://', '#'))] == []
     for o in links: # what is of this repository is in it
         if m := re.match(rf"{cfg['git_url']}/(?:blob|raw)/{cfg['branch']}/([^#]+)", o): assert (top/m[1]).exists(), o
-    assert f"{cfg['git_url']}/raw/{cfg['branch']}/nbs/index_files" in text
+    assert f"{cfg['git_url']}/raw/{cfg['branch']}/nbs/images" in text
 
 
 def test_installed_requirements_fit():

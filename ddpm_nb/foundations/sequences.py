@@ -46,11 +46,14 @@ class TinyTransformer(nn.Module):
         self.head = nn.Linear(dim, n_out)
 
     def embed(self, w):
+        "Words and their places as vectors, of shape (b, n, dim)"
         check_ids('w', w, self.n_in)
         if w.shape[1] > self.length: refuse('w', f'{w.shape[1]} words', f'at most {self.length}')
         return self.words(w) + self.places.weight[:w.shape[1]]
 
-    def read(self, e): return self.head(self.block(e, ~can_see(e.shape[1], self.causal).to(e.device)))
+    def read(self, e):
+        "Logits for vectors `e`, of shape (b, n, n_out)"
+        return self.head(self.block(e, ~can_see(e.shape[1], self.causal).to(e.device)))
 
     def forward(self, w): return self.read(self.embed(w))
 
