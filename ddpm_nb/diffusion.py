@@ -50,7 +50,7 @@ class Diffusion(nn.Module, ModelHubMixin, library_name='ddpm_nb', license='apach
                 tags=['ddpm', 'diffusion'], repo_url='https://github.com/ddpm-nb/ddpm_nb', model_card_template=CARD):
     "A denoising diffusion model: a network that guesses noise, and a schedule"
     noise_like:Callable; q_sample:Callable; p_losses:Callable; denoise:Callable; p_sample:Callable; p_sample_loop:Callable # added below
-    sample:Callable; bits_per_dim:Callable; config:dict; save:Callable
+    sample:Callable; bits_per_dim:Callable; config:dict; save:Callable; from_pretrained:Callable; _save_pretrained:Callable
     def __init__(self,
         model:nn.Module, # Takes (x_t, t) and returns the noise, the shape of x_t
         *,
@@ -368,12 +368,12 @@ def read_pretrained(
 # %% ../nbs/07_diffusion.ipynb #0b96a1c8
 @patch(cls_method=True)
 def from_pretrained(cls:Diffusion,
-    name=None, # A folder, or the name of a repository on the Hub; by default the model that comes with the package
+    pretrained_model_name_or_path=None, # A folder, or the name of a repository on the Hub; by default the model that comes with the package
     device=None, # Where the model goes; the best device by default
     **kwargs # For the Hub, such as `revision`, `token`, `cache_dir`, `local_files_only`
 )->Diffusion: # The model, ready to sample
     "A model that `save_pretrained` or `push_to_hub` wrote"
-    name = files('ddpm_nb')/'weights' if name is None else name
+    name = files('ddpm_nb')/'weights' if pretrained_model_name_or_path is None else pretrained_model_name_or_path
     config, weights = read_pretrained(name, **kwargs)
     d = build(config, weights, name)
     load_weights(d, dict(model=weights), name=str(name))

@@ -306,7 +306,7 @@ def run(
 )->DDPMLearner: # The learner, after training
     "Train to step `train_steps`, and leave everything in `folder`"
     every, total = c['save_and_sample_every'], c['train_steps']
-    at = ckpt.get('train', {}) if c['resume'] else {}
+    at = ckpt.get('train', {}) if ckpt and c['resume'] else {}
     epoch, batch = (check_int(k, at.get(k, 0), 0) for k in ('epoch', 'batch'))
     epochs = Epochs(every, total, 2*c['batch_size'], ckpt['step'] - batch//2 if ckpt else 0) # two batches a step
     n_epoch = epoch + len(epochs)

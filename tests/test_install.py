@@ -1,5 +1,5 @@
 "The package on its own: what an import brings along, and an installation with the newest of everything."
-import re, subprocess, sys
+import ast, subprocess, sys
 from pathlib import Path
 
 from conftest import TINY, command
@@ -16,8 +16,8 @@ def test_modules_import_only_from_the_floors_below():
     order = [p.stem.split('_', 1)[1] for p in sorted((top/'nbs').glob('[0-9]*.ipynb'))]
     assert order[0] == 'core' and order[-1] == 'train'
     for i,m in enumerate(order):
-        used = re.findall(r'^from ddpm_nb\.(\w+) import', (top/'ddpm_nb'/f'{m}.py').read_text(), re.M)
-        used += re.findall(r'^from \.(\w+) import', (top/'ddpm_nb'/f'{m}.py').read_text(), re.M)
+        tree = ast.parse((top/'ddpm_nb'/f'{m}.py').read_text())
+        used = [o.module.removeprefix('ddpm_nb.') for o in ast.walk(tree) if isinstance(o, ast.ImportFrom) and (o.level or o.module.startswith('ddpm_nb.'))]
         assert used or m == 'core'
         assert [o for o in used if o not in order[:i]] == [], m
 

@@ -25,8 +25,9 @@ def in_classes(src):
     "The module `src` with its patched methods in their classes, and no annotations in their place"
     tree = ast.parse(src)
     for cls, f in patched(tree):
-        prop = 'as_prop=True' in ast.unparse(f.decorator_list[0])
-        f.decorator_list, f.args.args[0].annotation = [ast.Name('property')]*prop, None
+        how = ast.unparse(f.decorator_list[0])
+        kind = 'property' if 'as_prop=True' in how else 'classmethod' if 'cls_method=True' in how else ''
+        f.decorator_list, f.args.args[0].annotation = [ast.Name(kind)] if kind else [], None
         tree.body.remove(f)
         cls.body = [o for o in cls.body if o is not declared(cls).get(f.name)] + [f]
     return ast.unparse(ast.fix_missing_locations(tree))
@@ -80,6 +81,7 @@ from ddpm_nb.unet import Unet
 d = Diffusion(Unet(16), image_size=32, timesteps=50)
 d.save('model.pt')
 load_diffusion('model.pt').to('cpu').sample(4)
+Diffusion.from_pretrained(device='cpu').sample(4)
 print(sample_images(d, 4, sampler='ddim', steps=5).shape, d.config['unet'], make_schedule('cosine', 50).alphas_cumprod.sqrt())
 x = Images(Files('photos'), ['a.png'], 32)[0]
 f: Features = Network(lambda x: x.mean((2, 3)), 'means')(x)
