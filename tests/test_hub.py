@@ -1,4 +1,6 @@
 "The Hub's side of `Diffusion`, without a network: what an upload would hold, and a download that is in the cache already."
+import re, socket
+from importlib.resources import files
 from pathlib import Path
 
 import huggingface_hub, pytest, torch
@@ -6,6 +8,7 @@ from huggingface_hub.hub_mixin import HfApi
 
 from ddpm_nb.core import BadInput
 from ddpm_nb.diffusion import Diffusion
+from ddpm_nb.faces import faces
 from ddpm_nb.unet import Unet
 
 
@@ -42,3 +45,19 @@ def test_a_repository_in_the_cache(small, tmp_path):
     again = Diffusion.from_pretrained('someone/cats', 'cpu', cache_dir=tmp_path, local_files_only=True)
     assert same(small, again) and not again.training
     with pytest.raises(BadInput, match='pretrained: found'): Diffusion.from_pretrained('someone/dogs', cache_dir=tmp_path, local_files_only=True)
+
+
+def test_the_model_of_the_package(monkeypatch):
+    "It is there without a network, small, described, and knows noise in pictures of cats that it has never seen"
+    monkeypatch.setattr(socket, 'socket', lambda *args, **kwargs: pytest.fail('a connection'))
+    weights = files('ddpm_nb')/'weights'
+    assert {o.name for o in weights.iterdir()} == {'README.md', 'config.json', 'model.safetensors'}
+    assert sum(o.stat().st_size for o in weights.iterdir()) < 5e6
+    card = (weights/'README.md').read_text()
+    assert re.search(r'held-out L1 \| 0\.1[0-3]', card) and 'floor' in card and '**Limits.**' in card
+    d = Diffusion.from_pretrained(device='cpu')
+    torch.manual_seed(0)
+    x = torch.nn.functional.interpolate(faces('cat', 16).float()/127.5 - 1, 32, mode='area')
+    assert d(x).item() < .3 # the loss; without training it is at 0.8
+    images = d.sample(4)
+    assert images.shape == (4, 3, 32, 32) and .1 < images.std() < .4

@@ -46,7 +46,7 @@ def in_package(): return set(files('ddpm_nb'))
 
 
 def test_the_package_has_modules_and_data_only():
-    odd = [o for o in in_package() if not re.fullmatch(r'ddpm_nb/((foundations/)?\w+\.py|py\.typed|weights/(model\.safetensors|config\.json))', o)]
+    odd = [o for o in in_package() if not re.fullmatch(r'ddpm_nb/((foundations/)?\w+\.py|py\.typed|weights/(model\.safetensors|config\.json|README\.md))', o)]
     assert odd == [] and 'ddpm_nb/py.typed' in in_package()
 
 
