@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file as save_tensors
+from safetensors.torch import load_file, save as to_safetensors
 from torch import nn, Tensor
 
 from .core import *
@@ -334,7 +334,7 @@ def _save_pretrained(self:Diffusion,
     save_directory:Path, # A folder
 ):
     "What `save_pretrained` and `push_to_hub` call: write `model.safetensors` and `config.json`, each complete or not at all"
-    with complete(save_directory/'model.safetensors') as f: save_tensors({k: v.contiguous() for k,v in self.state_dict().items()}, f)
+    with complete(save_directory/'model.safetensors') as f: f.write_bytes(to_safetensors({k: v.contiguous() for k,v in self.state_dict().items()}))
     with complete(save_directory/'config.json') as f: f.write_text(json.dumps(self.config, indent=2))
 
 # %% ../nbs/07_diffusion.ipynb #1a4af305
