@@ -78,7 +78,7 @@ def caught(ns, first, rest):
 SAME = {
     '02_schedule': {
         'alphas to alphas_cumprod: def __len__(self): return len(self.alphas)',
-        'alphas to alphas_cumprod: def device(self): return self.alphas.device'},
+        'alphas to alphas_cumprod: return self.alphas.device'},
     '05_elbo': {
         '1 to 2: x_T = q_pair(data, sched, T-1, T)', # x_T is the same, whatever it is paired with
         'lo to hi: flip = lo > 0 # work in the tail where differences keep their digits', # in the middle both tails do
