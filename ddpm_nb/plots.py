@@ -59,6 +59,7 @@ def plot_loss(
     ax.plot(step, mean, c='C0', label=f'training, mean of {window} steps')
     ax.plot(*zip(*[(s, h) for s,h in zip(step, held) if h is not None] or [((), ())]), 'o', c='C1', label='held out')
     ax.set(xlabel='step', ylabel='L1 loss', ylim=(min(loss)*.9, sorted(loss)[int(len(loss)*.98)]*1.1))
+    ax.locator_params('x', integer=True)
     ax.legend()
     return fig
 
@@ -81,6 +82,7 @@ def plot_scores(
     ax.plot(step, value, 'o-', label='samples')
     ax.plot(step, low, '--', c='grey', label='real images, the floor')
     ax.set(xlabel='step', ylabel=rows[0]['label'], title=f"{rows[0]['n']} images", ylim=0)
+    ax.locator_params('x', integer=True)
     ax.legend()
     return fig
 
