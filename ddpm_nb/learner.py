@@ -140,8 +140,9 @@ class StepLoss(Callback):
     def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')
     def after_loss(self): self.parts.append(self.learn.loss.detach())
     def after_step(self):
-        self.rows.append([self.learn.ddpm.steps, torch.stack(self.parts).mean(), ''])
-        self.parts = []
+        loss, self.parts = torch.stack(self.parts).mean(), []
+        self.rows.append([self.learn.ddpm.steps, loss.item() if loss.device.type == 'cpu' else loss, ''])
+    def after_batch(self): self.learn.recorder.losses[-1] = float(self.learn.recorder.losses[-1])
     def after_epoch(self):
         if self.rows: self.rows[-1][2] = self.learn.recorder.values[-1][1]
         self.write()
