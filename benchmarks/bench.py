@@ -3,6 +3,10 @@
     pip install -e '.[bench]'
     python benchmarks/bench.py                                   # step, sampling, memory, growth and score: about 25 minutes on 2 cores
     python benchmarks/bench.py --what quality --data animals.zip # time to a held-out loss: about 10 minutes more
+    python benchmarks/bench.py --what plain --data animals.zip   # what the speed costs in quality: about 10 minutes
+    python benchmarks/bench.py --what compile                    # what torch.compile would change: about 5 minutes
+    python benchmarks/bench.py --what plain --data animals.zip   # what speed costs in quality: about 10 minutes more
+    python benchmarks/bench.py --what compile                    # what torch.compile would gain: about 3 minutes more
 
 Each line of work runs in a process of its own for each competitor and round. A competitor's setting (precision and memory layout, and for
 sampling the images at a time) is the best of those tried, ours included. Results go to results.json, with a description of the machine.
@@ -65,6 +69,15 @@ def step(name, bf16, last, batch=32, size=32, dim=16, n=9):
     return medians(f, n)
 
 
+def compiled(on):
+    "Seconds of the lean network's first step, and of a later one, with `torch.compile` or without"
+    import ddpm_nb.unet
+    if on: ddpm_nb.unet.Unet.forward = torch.compile(ddpm_nb.unet.Unet.forward)
+    start = time.perf_counter()
+    step('lean', True, True, n=1)
+    return dict(first=time.perf_counter() - start, later=step('lean', True, True))
+
+
 def sample(name, bf16, last, chunk, images=512, steps=STEPS):
     "Seconds an image for `images` of them by `steps` reverse steps, `chunk` at a time"
     from ddpm_nb.schedule import make_schedule
@@ -85,7 +98,7 @@ def sample(name, bf16, last, chunk, images=512, steps=STEPS):
 
 
 def memory(what, n):
-    "Peak memory in MB of training at the defaults for 20 steps, or of sampling `n` images"
+    "Peak memory in MiB of training at the defaults for 20 steps, or of sampling `n` images"
     from ddpm_nb.train import train_diffusion
     from ddpm_nb.diffusion import Diffusion
     from ddpm_nb.sampling import sample_batches
@@ -134,6 +147,33 @@ def quality(name, bf16, last, data, goal=.157, most=1000, every=25):
     return dict(seconds=Watch.spent, steps=Watch.rows[-1][0], loss=Watch.rows[-1][2], rows=Watch.rows)
 
 
+def use_plain():
+    "Put PyTorch's own operations into the place of the networks' fused ones, as the notebook of the U-Net does to prove them equal"
+    from ddpm_nb import unet
+    def ws_conv(self, x):
+        w = self.weight
+        w = (w - w.mean((1, 2, 3), keepdim=True))/(w.var((1, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+        return F.conv2d(x, w, self.bias, padding=1)
+    def block(self, x, scale_shift=None):
+        x = self.norm(self.conv(x))
+        if scale_shift is None: return F.silu(x)
+        scale, shift = scale_shift[..., None, None].chunk(2, 1)
+        return F.silu(x*(1 + scale) + shift)
+    def attention(self, x):
+        split = lambda o: o.unflatten(-1, (self.heads, -1)).transpose(1, 2) # (b, h, n, d)
+        q, k, v = map(split, self.qkv(self.norm(unet.as_pixels(x))).chunk(3, -1))
+        o = q.softmax(-1)*q.shape[-1]**-.5@(k.softmax(-2).transpose(-1, -2)@v)
+        return x + unet.as_image(self.out_norm(self.out(o.transpose(1, 2).flatten(2))), x.shape)
+    unet.WSConv2d.forward, unet.Block.forward, unet.LinearAttention.forward, unet.attend = ws_conv, block, attention, F.scaled_dot_product_attention
+
+
+def held_out(name, plain, data, steps=1000):
+    "Seconds of training and held-out loss after `steps`: at the defaults, or in float32 with plain modules"
+    if plain: use_plain()
+    r = quality(name, not plain, True, data, goal=0, most=steps, every=steps)
+    return dict(seconds=r['seconds'], loss=r['loss'])
+
+
 def limit(bf16):
     "GFLOP/s of a product of two large matrices"
     a = torch.randn(2048, 2048, dtype=torch.bfloat16 if bf16 else torch.float32)
@@ -176,8 +216,8 @@ def show(title, res, unit=1e3):
 
 @call_parse
 def main(
-    what:str='all', # 'all', or one of step, step_keep, sample, memory, score, growth, quality
-    data:str=None, # Folder or zip file of images for quality
+    what:str='all', # 'all', or one of step, step_keep, sample, memory, score, growth, quality, plain, compile
+    data:str=None, # Folder or zip file of images for quality and plain
     rounds:int=4, # Rounds of A B A B
     out:str=str(HERE/'results.json'), # Where the results go; kept results of other work stay
 ):
@@ -198,7 +238,7 @@ def main(
         show('sampling 512 images at T = 50, ms an image', res['sample'])
     if what in ('all', 'memory'):
         res['memory'] = {f'{w} {n}': apart(memory, w, n) for w,n in (('train', 20), ('sample', 100), ('sample', 10_000))}
-        print('\npeak memory, MB', res['memory'])
+        print('\npeak memory, MiB', res['memory'])
     if what in ('all', 'score'):
         res['score'] = {k: [apart(score, k) for _ in range(2)] for k in ('ours', 'clean-fid')}
         print('\nfeatures of 512 images, s', res['score'])
@@ -215,4 +255,10 @@ def main(
             r = res['quality'][n]
             out.write_text(json.dumps(res, indent=1))
             print(f"{n:14} {r['seconds']:6.0f} s to {r['loss']:.4f} at step {r['steps']}  {r['seconds']/res['quality']['diffusers']['seconds']:.2f} of diffusers")
+    if what == 'plain':
+        res['plain'] = {n: {k: apart(held_out, n, k == 'plain', data) for k in ('default', 'plain')} for n in OURS}
+        for n,r in res['plain'].items(): print(f"{n:12} {r['default']['loss']:.5f} at the defaults, {r['plain']['loss']:.5f} in fp32 with plain modules: {r['default']['loss']/r['plain']['loss']:.3f}")
+    if what == 'compile':
+        res['compile'] = {k: apart(compiled, k == 'compiled') for k in ('eager', 'compiled')}
+        print('\ntorch.compile', res['compile'])
     out.write_text(json.dumps(res, indent=1))
