@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['BadInput', 'Stopped', 'refuse', 'check_int', 'check_float', 'check_path', 'command', 'bar', 'CannotWrite', 'to_disk',
-           'complete', 'extract', 'normalize_to_neg_one_to_one', 'unnormalize_to_zero_to_one', 'best_device',
-           'fast_bf16', 'use_bf16', 'keep_freed_memory', 'seed_everything', 'random_states', 'set_random_states',
-           'world', 'rank', 'join_processes', 'share', 'shared']
+           'complete', 'extract', 'normalize_to_neg_one_to_one', 'unnormalize_to_zero_to_one', 'image_grid',
+           'write_image', 'best_device', 'fast_bf16', 'use_bf16', 'keep_freed_memory', 'seed_everything',
+           'random_states', 'set_random_states', 'world', 'rank', 'join_processes', 'share', 'shared']
 
 # %% ../nbs/00_core.ipynb #483610db
-import ctypes, os, random, sys, warnings
+import ctypes, math, os, random, sys, warnings
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -17,8 +17,11 @@ from typing import NoReturn
 
 import numpy as np, torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
 from fastcore.script import anno_parser
 from fastprogress.fastprogress import progress_bar
+from PIL import Image
 
 # %% ../nbs/00_core.ipynb #4625525b
 class BadInput(ValueError):
@@ -181,6 +184,27 @@ def unnormalize_to_zero_to_one(
 )->torch.Tensor: # Values in [0, 1]
     "From the model's range to the screen's"
     return (t + 1)*0.5
+
+# %% ../nbs/00_core.ipynb #48f94030
+def image_grid(
+    images:torch.Tensor, # Images, shape (n, c, h, w)
+    ncols:int=None, # Images in a row; a square by default
+    pad_value:float=0., # Value of the lines between them, 2 pixels wide
+)->torch.Tensor: # One image, shape (c, height, width)
+    "Images side by side, row by row"
+    ncols = min(ncols or math.ceil(len(images)**.5), len(images))
+    x = F.pad(images, (2, 0, 2, 0), value=pad_value)
+    x = torch.cat((x, torch.full_like(x[:1], pad_value).expand(-len(x) % ncols, -1, -1, -1)))
+    return F.pad(rearrange(x, '(r k) c h w -> c (r h) (k w)', k=ncols), (0, 2, 0, 2), value=pad_value)
+
+# %% ../nbs/00_core.ipynb #9af16e98
+def write_image(
+    x:torch.Tensor, # One image in [0, 1], shape (c, h, w) with c of 1 or 3
+    path, # File to write; its ending says which format
+):
+    "Write an image as a file of 8 bits a channel"
+    x = x.detach().cpu().float().mul(255).add(.5).clamp(0, 255).byte()
+    Image.fromarray(x[0].numpy() if len(x) == 1 else rearrange(x, 'c h w -> h w c').numpy()).save(path)
 
 # %% ../nbs/00_core.ipynb #c6531541
 def best_device(

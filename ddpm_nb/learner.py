@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['DDPMCallback', 'ema_average', 'EMACallback', 'BF16', 'ShareCallback', 'write_csv', 'StepLoss', 'FiniteCallback',
-           'CheckpointCallback', 'older', 'GridCallback', 'FIDCallback', 'DDPMLearner', 'ddpm_learner']
+           'CheckpointCallback', 'older', 'GridCallback', 'FIDCallback', 'FusedAdam', 'DDPMLearner', 'ddpm_learner']
 
 # %% ../nbs/10_learner.ipynb #31618f19
 import csv, math, os, signal, sys
-from functools import partial
 from pathlib import Path
 
 from .core import *
@@ -21,14 +20,14 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Recorder, ValueMetric
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelStepException
 import fastai.callback.progress
-from fastai.optimizer import OptimWrapper
+from fastai.optimizer import Optimizer
 from fastai.torch_core import show_images
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn, Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.adam import adam
 from torch.optim.swa_utils import AveragedModel
-from torchvision.utils import make_grid, save_image
 
 from .data import *
 from .posterior import *
@@ -265,7 +264,7 @@ def go_on(self:CheckpointCallback,
         self.learn.pct_train, self.learn.train_iter = s['pct'], s['iter']
         self.batch = dl.skip = s['batch']
         dl.on_start = lambda: set_random_states(s['random'])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as e: refuse('checkpoint', f'a state of training that does not fit ({type(e).__name__}: {e})', 'one that ddpm_train wrote with the same version of PyTorch')
+    except (AssertionError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as e: refuse('checkpoint', f'a state of training that does not fit ({type(e).__name__}: {e})', 'one that ddpm_train wrote with the same version of PyTorch')
 
 # %% ../nbs/10_learner.ipynb #782a2f40
 class GridCallback(Callback):
@@ -278,7 +277,7 @@ class GridCallback(Callback):
         milestone = -(-self.learn.ddpm.steps//self.every)
         self.learn.grid_path = self.folder/f'sample_{milestone}.png'
         if rank(): return
-        with complete(self.learn.grid_path) as tmp: save_image(make_grid(self.learn.images, nrow=math.ceil(self.n**.5)), tmp)
+        with complete(self.learn.grid_path) as tmp: write_image(image_grid(self.learn.images), tmp)
 
 # %% ../nbs/10_learner.ipynb #1ad7ede9
 class FIDCallback(Callback):
@@ -303,6 +302,47 @@ def write(self:FIDCallback):
     "Write all rows; where that fails, training goes on, since the checkpoint has them too"
     try: write_csv(self.path, self.fields, [r.values() for r in self.rows])
     except CannotWrite as e: print(e, file=sys.stderr)
+
+# %% ../nbs/10_learner.ipynb #374619d8
+class FusedAdam(Optimizer):
+    "Adam for all weights in one call of PyTorch's fused kernel (@eq-adam; Kingma and Ba, 2014)"
+    def __init__(self,
+        params, # Weights, or a list of groups of them
+        lr:float=1e-3, # Learning rate η
+        mom:float=.9, # β₁
+        sqr_mom:float=.999, # β₂
+        eps:float=1e-8, # ε
+    ): super().__init__(params, None, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps)
+    def zero_grad(self):
+        for p,*_ in self.all_params(): p.grad = None
+    def state_dict(self): return {k: list(v) for k,v in super().state_dict().items()}
+
+# %% ../nbs/10_learner.ipynb #30a4c7cc
+@patch
+def step(self:FusedAdam,
+    closure=None, # Not used
+):
+    "One step for every weight with a gradient (@eq-adam)"
+    for i,h in enumerate(self.hypers):
+        ps, _, states, _ = zip(*self.all_params(slice(i, i + 1), with_grad=True))
+        for p,s in zip(ps, states):
+            if 'step' not in s: s.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        m, v, n = ([s[k] for s in states] for k in ('exp_avg', 'exp_avg_sq', 'step'))
+        with torch.no_grad():
+            adam(list(ps), [p.grad for p in ps], m, v, [], n, fused=True, amsgrad=False, maximize=False, weight_decay=0.,
+                 lr=h['lr'], beta1=h['mom'], beta2=h['sqr_mom'], eps=h['eps'])
+
+# %% ../nbs/10_learner.ipynb #bec5f8e2
+@patch
+def load_state_dict(self:FusedAdam,
+    sd:dict, # What `state_dict` returned
+):
+    "Put the state back, on the device of the weights; raises `ValueError` where shapes differ"
+    Optimizer.load_state_dict(self, sd | dict(hypers=L(sd['hypers'])))
+    for p,s in self.state.items():
+        for k in s.keys() & {'step', 'exp_avg', 'exp_avg_sq'}:
+            if s[k].shape != (() if k == 'step' else p.shape): raise ValueError(f'{k} of shape {tuple(s[k].shape)} for weights of shape {tuple(p.shape)}')
+            s[k] = s[k].to(p.device)
 
 # %% ../nbs/10_learner.ipynb #e28e35f4
 class DDPMLearner(Learner):
@@ -354,8 +394,7 @@ def ddpm_learner(
     if bs % world(): refuse('batch_size', bs, f'a multiple of the {world()} processes')
     if world() > 1: own.append(ShareCallback())
     if check_int('accumulate', accumulate) > 1: own.append(GradientAccumulation(accumulate*bs//world()))
-    opt = partial(OptimWrapper, opt=partial(torch.optim.Adam, fused=True, foreach=False))
-    learn = DDPMLearner(dls, diffusion.model, **dict(loss_func=nn.L1Loss(), opt_func=opt, lr=check_float('learning_rate', lr, above=True), cbs=own + list(L(cbs))) | kwargs)
+    learn = DDPMLearner(dls, diffusion.model, **dict(loss_func=nn.L1Loss(), opt_func=FusedAdam, lr=check_float('learning_rate', lr, above=True), cbs=own + list(L(cbs))) | kwargs)
     learn.diffusion = diffusion
     return learn
 

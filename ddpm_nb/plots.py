@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from .core import *
 from .diffusion import *
@@ -29,7 +28,7 @@ def show_grid(
     "Images side by side"
     if images.ndim != 4 or not len(images): refuse('images', f'shape {tuple(images.shape)}', '(n, c, h, w) with n of at least 1')
     ncols = ncols or math.ceil(len(images)**.5)
-    g = make_grid(images.cpu().float(), nrow=ncols, pad_value=1).clamp(0, 1).permute(1, 2, 0)
+    g = image_grid(images.cpu().float(), ncols, 1.).clamp(0, 1).permute(1, 2, 0)
     fig = Figure(figsize=(ncols*size, math.ceil(len(images)/ncols)*size + (.3 if title else 0)), layout='constrained')
     ax = fig.subplots()
     ax.imshow(g)

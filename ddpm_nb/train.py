@@ -22,7 +22,6 @@ from fastai.data.core import DataLoaders
 from fastai.callback.core import Callback
 from filelock import FileLock, Timeout
 from PIL import Image
-from torchvision.utils import make_grid, save_image
 
 from .faces import builtin_faces
 from .afhq import get_afhq
@@ -401,8 +400,8 @@ def sample_diffusion(
         if not rank(): folder.mkdir(parents=True, exist_ok=True)
         for batch in sample_batches(d, n, sampler=sampler, steps=steps, eta=eta, precision='auto', progress=True):
             if rank(): continue
-            if not i: save_image(make_grid(batch[:64], nrow=math.ceil(min(n, 64)**.5)), folder.with_name(folder.name + '.png'))
-            for j,x in enumerate(batch, i): save_image(x, folder/f'{j:05}.png')
+            if not i: write_image(image_grid(batch[:64], math.ceil(min(n, 64)**.5)), folder.with_name(folder.name + '.png'))
+            for j,x in enumerate(batch, i): write_image(x, folder/f'{j:05}.png')
             i += len(batch)
     except OSError as e: refuse('save_folder', f'{str(save_folder)!r} ({e.strerror})', 'a folder that can be written to')
     print(f'{n} images are in {folder}')

@@ -1,5 +1,5 @@
 "The commands, as processes: what they leave, and how they refuse."
-import json, os
+import json, os, subprocess, sys
 import pytest
 from PIL import Image
 from conftest import TINY
@@ -81,3 +81,12 @@ def test_loggers_write_without_an_account(call, pics, tmp_path, logger, leaves):
     r = call('ddpm_train', '--data_path', pics, '--train_steps', 2, '--save_and_sample_every', 1, '--logger', logger, *TINY, env=env)
     assert r.returncode == 0, r.stderr
     assert sum(p.stat().st_size for p in (tmp_path/'results').glob(leaves)) > 500
+
+
+def test_training_loads_no_compiler(pics, tmp_path):
+    "Neither torchvision nor PyTorch's compiler is loaded by training and sampling: a second of each start and 140 MiB"
+    code = f"import sys; from ddpm_nb.train import *; l = train_diffusion(1, 1, data_path={str(pics)!r}, save_folder={str(tmp_path/'run')!r}, image_size=16, batch_size=4, unet_dim=8, unet_dim_mults='1,2', n_samples=2)\n" \
+           "print('loaded', {'torchvision', 'torch._dynamo'} & set(sys.modules), 'fastai' in sys.modules)"
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
+    assert 'loaded set() True' in r.stdout
