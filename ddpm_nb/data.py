@@ -298,8 +298,10 @@ def image_dls(
     size = int(1.12*check_int('image_size', image_size))
     bs, files = check_int('batch_size', batch_size), Files(data_path)
     train, val = (Images(files, o, size, limit, on_bad, progress) for o in pick_names(files.names, data_class, check_int('n_valid', n_valid)))
+    device = best_device(device)
+    for o in (train, val): o.x = o.x if o.x is None else o.x.to(device)
     if len(train) < bs: refuse('batch_size', f'{bs} with {len(train)} images to train on', f'1 to {len(train)}, or more images')
     n = len(train) if epoch_size is None else check_int('epoch_size', epoch_size)
     dls = [ImageDL(train, bs, shuffle=True, drop_last=True, n=n, after_batch=[View(image_size, True)]),
            ImageDL(val, bs*2, after_batch=[View(image_size, False)])]
-    return DataLoaders(*dls, path=Path('.'), device=best_device(device))
+    return DataLoaders(*dls, path=Path('.'), device=device)

@@ -314,7 +314,7 @@ class FusedAdam(Optimizer):
         eps:float=1e-8, # ε
     ): super().__init__(params, None, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps)
     def zero_grad(self):
-        for p,*_ in self.all_params(): p.grad = None
+        if grads := [p.grad for p,*_ in self.all_params(with_grad=True)]: torch._foreach_zero_(grads)
     def state_dict(self): return {k: list(v) for k,v in super().state_dict().items()}
 
 # %% ../nbs/10_learner.ipynb #30a4c7cc
@@ -422,6 +422,19 @@ def go_on(self:DDPMLearner,
     if 'train' not in ckpt: refuse('checkpoint', 'no state of training', 'a checkpoint that ddpm_train wrote')
     self.begin_with(ckpt)
     self.first_epoch, self.checkpoint.going_on, self.checkpoint.last = ckpt['train']['epoch'], ckpt['train'], ckpt['step']
+
+# %% ../nbs/10_learner.ipynb #8c824ba0
+@patch
+def compile(self:DDPMLearner,
+    **kwargs # For `torch.compile`, in place of `mode='reduce-overhead'`
+)->DDPMLearner: # The learner
+    "Compile the network at its first batch, on a GPU into CUDA graphs; raises `BadInput` where the machine has no compiler that works"
+    kwargs, net = kwargs or dict(mode='reduce-overhead'), self.diffusion.model
+    try: torch.compile(torch.sin, **kwargs)(torch.ones(8, device=self.dls.device))
+    except Exception as e: refuse('compile', f'no compiler that works ({str(e).splitlines()[0][:100]})', 'a C++ compiler, and Triton on a GPU; or no compilation')
+    for p in net.parameters(): p.grad = torch.zeros_like(p)
+    net.compile(**kwargs)
+    return self
 
 # %% ../nbs/10_learner.ipynb #5cf1426b
 @patch
