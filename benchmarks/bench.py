@@ -3,24 +3,24 @@
     pip install -e '.[bench]'
     python benchmarks/bench.py                                   # step, sampling, memory, growth and score: about 25 minutes on 2 cores
     python benchmarks/bench.py --what quality --data animals.zip # time to a held-out loss: about 10 minutes more
-    python benchmarks/bench.py --what plain --data animals.zip   # what the speed costs in quality: about 10 minutes
+    python benchmarks/bench.py --what plain --data animals.zip   # what the speed costs in quality: about 10 minutes more
     python benchmarks/bench.py --what compile                    # what torch.compile would change: about 5 minutes
-    python benchmarks/bench.py --what plain --data animals.zip   # what speed costs in quality: about 10 minutes more
-    python benchmarks/bench.py --what compile                    # what torch.compile would gain: about 3 minutes more
+    python benchmarks/bench.py --what step --device cuda         # on a GPU, eager and compiled; also --what sample
 
-Each line of work runs in a process of its own for each competitor and round. A competitor's setting (precision and memory layout, and for
-sampling the images at a time) is the best of those tried, ours included. Results go to results.json, with a description of the machine.
+Each line of work runs in a process of its own for each competitor and round. A competitor's setting (precision and memory layout, on a GPU
+compiled or not, and for sampling the images at a time) is the best of those tried, ours included. Results go to results.json, with a description of the machine.
 """
 import json, os, platform, resource, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from fastcore.script import call_parse
+
+from ddpm_nb.core import command, refuse
 
 HERE = Path(__file__).parent
 OURS, PEERS = ('assignment', 'lean'), ('diffusers', 'denoising-diffusion-pytorch')
-STEPS = 50
+STEPS, DEV = 50, os.environ.get('DEVICE', 'cpu')
 
 
 class Sample(torch.nn.Module):
@@ -43,58 +43,70 @@ def network(name, dim=16, size=32):
     return Unet(dim)
 
 
+def ready(name, last, fast, *args):
+    "A network on the device, in its layout, compiled where `fast`"
+    net = network(name, *args).to(DEV)
+    if last: net.to(memory_format=torch.channels_last)
+    if fast: net.compile(mode='reduce-overhead')
+    return net
+
+
+def now():
+    "Seconds on the clock, when the device is done"
+    if DEV == 'cuda': torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def medians(f, n=9, warm=3):
     "Median seconds of `f`"
     for _ in range(warm): f()
     ts = []
-    for _ in range(n): start = time.perf_counter(); f(); ts.append(time.perf_counter() - start)
+    for _ in range(n): start = now(); f(); ts.append(now() - start)
     return statistics.median(ts)
 
 
 def settings(name):
-    "Pairs of bf16 and channels_last to try; our networks choose their own layout"
-    return [(b, l) for b in (False, True) for l in ((True,) if name in OURS else (False, True))]
+    "bf16, channels_last and compiled to try; our networks choose their own layout, and on a CPU none is compiled"
+    return [(b, l, c) for b in (False, True) for l in ((True,) if name in OURS else (False, True)) for c in (False, True)[:1 + (DEV == 'cuda')]]
 
 
-def step(name, bf16, last, batch=32, size=32, dim=16, n=9):
+def step(name, bf16, last, fast=False, batch=32, size=32, dim=16, n=9):
     "Seconds of one forward, backward and Adam step"
-    net = network(name, dim, size)
-    if last: net.to(memory_format=torch.channels_last)
+    net = ready(name, last, fast, dim, size)
     opt = torch.optim.Adam(net.parameters(), 1e-3, fused=True)
-    x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    noise, t = torch.randn_like(x), torch.randint(0, STEPS, (batch,))
+    x = torch.randn(batch, 3, size, size, device=DEV).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    noise, t = torch.randn_like(x), torch.randint(0, STEPS, (batch,), device=DEV)
     def f():
-        with torch.autocast('cpu', torch.bfloat16, enabled=bf16): loss = F.l1_loss(net(x, t).float(), noise)
+        with torch.autocast(DEV, torch.bfloat16, enabled=bf16): loss = F.l1_loss(net(x, t).float(), noise)
         loss.backward(); opt.step(); opt.zero_grad()
     return medians(f, n)
 
 
 def compiled(on):
     "Seconds of the lean network's first step, and of a later one, with `torch.compile` or without"
-    import ddpm_nb.unet
-    if on: ddpm_nb.unet.Unet.forward = torch.compile(ddpm_nb.unet.Unet.forward)
     start = time.perf_counter()
-    step('lean', True, True, n=1)
-    return dict(first=time.perf_counter() - start, later=step('lean', True, True))
+    step('lean', True, True, on, n=1)
+    return dict(first=time.perf_counter() - start, later=step('lean', True, True, on))
 
 
-def sample(name, bf16, last, chunk, images=512, steps=STEPS):
-    "Seconds an image for `images` of them by `steps` reverse steps, `chunk` at a time"
+def sample(name, bf16, last, fast, chunk, images=512, steps=STEPS):
+    "Seconds an image for `images` of them by `steps` reverse steps, `chunk` at a time; compiling is not counted"
     from ddpm_nb.schedule import make_schedule
     from ddpm_nb.posterior import p_mean_std
-    net, sched = network(name).eval(), make_schedule(timesteps=STEPS)
-    if last: net.to(memory_format=torch.channels_last)
-    start = time.perf_counter()
-    with torch.inference_mode():
-        for _ in range(0, images, chunk):
-            x = torch.randn(chunk, 3, 32, 32)
-            if last: x = x.contiguous(memory_format=torch.channels_last)
-            for i in reversed(range(STEPS - steps, STEPS)):
-                t = torch.full((chunk,), i)
-                with torch.autocast('cpu', torch.bfloat16, enabled=bf16): e = net(x, t).float()
-                mean, std, _ = p_mean_std(sched, x, t, e)
-                x = mean + std*torch.randn_like(x)
-    return (time.perf_counter() - start)/(-(-images//chunk)*chunk)
+    net, sched = ready(name, last, fast).eval(), make_schedule(timesteps=STEPS).to(DEV)
+    def one(steps):
+        x = torch.randn(chunk, 3, 32, 32, device=DEV)
+        if last: x = x.contiguous(memory_format=torch.channels_last)
+        for i in reversed(range(STEPS - steps, STEPS)):
+            t = torch.full((chunk,), i, device=DEV)
+            with torch.autocast(DEV, torch.bfloat16, enabled=bf16): e = net(x, t).float()
+            mean, std, _ = p_mean_std(sched, x, t, e)
+            x = mean + std*torch.randn_like(x)
+    with torch.no_grad():
+        if DEV == 'cuda': one(3)
+        start = now()
+        for _ in range(0, images, chunk): one(steps)
+        return (now() - start)/(-(-images//chunk)*chunk)
 
 
 def memory(what, n):
@@ -176,7 +188,7 @@ def held_out(name, plain, data, steps=1000):
 
 def limit(bf16):
     "GFLOP/s of a product of two large matrices"
-    a = torch.randn(2048, 2048, dtype=torch.bfloat16 if bf16 else torch.float32)
+    a = torch.randn(2048, 2048, dtype=torch.bfloat16 if bf16 else torch.float32, device=DEV)
     return 2*2048**3/medians(lambda: a@a)/1e9
 
 
@@ -193,7 +205,7 @@ def apart(f, *args):
 def machine():
     "What the figures were measured on"
     cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if 'model name' in l), platform.processor()) if Path('/proc/cpuinfo').exists() else platform.processor()
-    return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version(), system=platform.system(),
+    return dict(**dict(gpu=torch.cuda.get_device_name()) if DEV == 'cuda' else {}, cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version(), system=platform.system(),
                 gflops_fp32=round(apart(limit, False)), gflops_bf16=round(apart(limit, True)))
 
 
@@ -214,16 +226,20 @@ def show(title, res, unit=1e3):
         print(f"  {n:28} {r['median']*unit:9.2f}  {ratios}  {r['setting']}")
 
 
-@call_parse
-def main(
+def bench(
     what:str='all', # 'all', or one of step, step_keep, sample, memory, score, growth, quality, plain, compile
     data:str=None, # Folder or zip file of images for quality and plain
+    device:str='cpu', # 'cpu', or 'cuda' for step and sample
     rounds:int=4, # Rounds of A B A B
     out:str=str(HERE/'results.json'), # Where the results go; kept results of other work stay
 ):
     "Measure, print, and keep"
+    global DEV
+    if device != 'cpu' and (device != 'cuda' or what not in ('step', 'sample')): refuse('device', f'{device!r} for {what}', 'cpu, or cuda for step and sample')
+    os.environ['DEVICE'] = DEV = device
     names, out = OURS + PEERS, Path(out)
-    res = json.loads(out.read_text()) if out.exists() else {}
+    kept = json.loads(out.read_text()) if out.exists() else {}
+    res = kept if DEV == 'cpu' else kept.setdefault(DEV, {})
     res['machine'] = machine()
     print(res['machine'])
     for key in ('step', 'step_keep'):
@@ -233,7 +249,7 @@ def main(
         show('training, ms for a step of 32 images' + ', freed memory kept for all'*(key == 'step_keep'), res[key])
     os.environ['KEEP'] = ''
     if what in ('all', 'sample'):
-        choices = lambda n: [(b, l, c) for b,l in settings(n) for c in (32, 64, 128)]
+        choices = lambda n: [(*s, c) for s in settings(n) for c in ((32, 64, 128) if DEV == 'cpu' else (128, 512))]
         res['sample'] = in_turn(sample, OURS + PEERS[:1], choices, min(rounds, 2), 128, 4)
         show('sampling 512 images at T = 50, ms an image', res['sample'])
     if what in ('all', 'memory'):
@@ -243,17 +259,17 @@ def main(
         res['score'] = {k: [apart(score, k) for _ in range(2)] for k in ('ours', 'clean-fid')}
         print('\nfeatures of 512 images, s', res['score'])
     if what in ('all', 'growth'):
-        grow = lambda n, **kw: apart(step, n, True, n in OURS, *(kw.get(k, v) for k,v in dict(batch=32, size=32, dim=16).items()), 5)
+        grow = lambda n, **kw: apart(step, n, True, n in OURS, False, *(kw.get(k, v) for k,v in dict(batch=32, size=32, dim=16).items()), 5)
         axes = dict(batch=(8, 16, 32, 64, 128), size=(16, 32, 64), dim=(8, 16, 32))
         res['growth'] = {k: {n: [(v, grow(n, **{k: v})) for v in vs] for n in OURS + PEERS[:1]} for k,vs in axes.items()}
-        res['growth']['T'] = {n: [(t, apart(sample, n, True, n in OURS, 64, 64, t)) for t in (10, 25, 50)] for n in OURS + PEERS[:1]}
+        res['growth']['T'] = {n: [(t, apart(sample, n, True, n in OURS, False, 64, 64, t)) for t in (10, 25, 50)] for n in OURS + PEERS[:1]}
         print('\ngrowth', json.dumps(res['growth']))
     if what == 'quality':
         res['quality'] = {}
         for n in ('diffusers', 'lean', 'assignment'):
-            res['quality'][n] = dict(setting=res['step'][n]['setting'], **apart(quality, n, *res['step'][n]['setting'], data))
+            res['quality'][n] = dict(setting=res['step'][n]['setting'], **apart(quality, n, *res['step'][n]['setting'][:2], data))
             r = res['quality'][n]
-            out.write_text(json.dumps(res, indent=1))
+            out.write_text(json.dumps(kept, indent=1))
             print(f"{n:14} {r['seconds']:6.0f} s to {r['loss']:.4f} at step {r['steps']}  {r['seconds']/res['quality']['diffusers']['seconds']:.2f} of diffusers")
     if what == 'plain':
         res['plain'] = {n: {k: apart(held_out, n, k == 'plain', data) for k in ('default', 'plain')} for n in OURS}
@@ -261,4 +277,7 @@ def main(
     if what == 'compile':
         res['compile'] = {k: apart(compiled, k == 'compiled') for k in ('eager', 'compiled')}
         print('\ntorch.compile', res['compile'])
-    out.write_text(json.dumps(res, indent=1))
+    out.write_text(json.dumps(kept, indent=1))
+
+
+if __name__ == '__main__': command(bench)()
