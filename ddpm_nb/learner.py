@@ -324,7 +324,8 @@ def step(self:FusedAdam,
 ):
     "One step for every weight with a gradient (@eq-adam)"
     for i,h in enumerate(self.hypers):
-        ps, _, states, _ = zip(*self.all_params(slice(i, i + 1), with_grad=True))
+        rows = self.all_params(slice(i, i + 1), with_grad=True)
+        ps, states = rows.itemgot(0), rows.itemgot(2)
         for p,s in zip(ps, states):
             if 'step' not in s: s.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         m, v, n = ([s[k] for s in states] for k in ('exp_avg', 'exp_avg_sq', 'step'))
