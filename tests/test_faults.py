@@ -2,7 +2,7 @@
 
 `KILLS=200 pytest -n 0 -s tests/test_faults.py -k kill` kills as many times; `SOAK=3000` with `-k soak` trains as many steps.
 """
-import os, random, resource, signal, subprocess, sys, time
+import multiprocessing, os, random, resource, subprocess, sys, time
 from pathlib import Path
 
 import psutil
@@ -93,31 +93,28 @@ def test_a_second_run_is_kept_out(pics, tmp_path):
     finally: p.kill(); p.wait()
 
 
-def train_in_a_fork(**kwargs):
-    "The number of a process that trains"
-    pid = os.fork()
-    if pid: return pid
-    code, Curves.after_epoch = 1, lambda self: None # drawing takes longer than all else, and most kills would meet nothing but that
-    try:
-        with open(os.devnull, 'w') as null:
-            sys.stdout = sys.stderr = null
-            train_diffusion(10**6, 1, resume=Path(kwargs['save_folder'], 'model.pt').exists(), **kwargs)
-    finally: os._exit(code)
+def train_quietly(kwargs):
+    "The work of a process that will be killed"
+    Curves.after_epoch = lambda self: None # drawing takes longer than all else, and most kills would meet nothing but that
+    with open(os.devnull, 'w') as null:
+        sys.stdout = sys.stderr = null
+        train_diffusion(10**6, 1, resume=Path(kwargs['save_folder'], 'model.pt').exists(), **kwargs)
 
 
 def test_kill_9_at_any_moment(pics, tmp_path):
     "A run that saves at every step, killed again and again and resumed each time: at every moment there is a whole checkpoint, and at the end nothing differs"
     kills, rng, run, steps, saved = int(os.environ.get('KILLS', 5)), random.Random(0), tmp_path/'run', [0], 0
     args = SMALL | dict(data_path=pics, save_folder=run)
-    torch.set_num_threads(1) # or the forked processes would wait for threads that they do not have
+    server = multiprocessing.get_context('forkserver') # forks from a process that has imported much and done nothing: no thread is missed
+    server.set_forkserver_preload(['ddpm_nb.train'])
     for i in range(kills):
-        pid = train_in_a_fork(**args)
-        start = time.time()
+        p, start = server.Process(target=train_quietly, args=(args,)), time.time()
+        p.start()
         while not (run/'model.pt').exists() or read_step(run) == steps[-1]: # it has gone on
-            assert time.time() < start + 60, 'resume does not go on'
+            assert p.is_alive() and time.time() < start + 60, 'resume does not go on'
             time.sleep(.005)
         time.sleep(rng.random()*.3)
-        os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+        p.kill(); p.join()
         steps.append(read_checkpoint(run/'model.pt')['step']) # refuses whatever is not whole
         saved += any(o.stat().st_mtime > start for o in run.glob('.tmp-*')) # of this time
     assert steps == sorted(set(steps))
