@@ -41,19 +41,21 @@ class DDPMCallback(Callback):
     "Turn images into (x_t, t) and the noise (Algorithm 1, lines 2 to 5); count optimizer steps"
     order = 0
     def __init__(self, diffusion, seed=2024): self.diffusion, self.seed, self.steps, self.fixed = diffusion, seed, 0, None
-
     def before_batch(self):
         x = self.x.as_subclass(Tensor)
         t, noise = self.draw(x) if self.training else self.held_out(x)
         self.learn.xb, self.learn.yb = (self.diffusion.q_sample(x, t, noise), t), (noise,)
-
-    def draw(self, x):
-        "A time and noise for each image"
-        t = torch.randint(0, self.diffusion.num_timesteps, (len(x),), device=x.device)
-        return t, self.diffusion.noise_like(x.shape, x.device)
-
     def after_step(self):
         if not hasattr(self.learn, 'lr_finder'): self.steps += 1
+
+# %% ../nbs/10_learner.ipynb #a905350d
+@patch
+def draw(self:DDPMCallback,
+    x:Tensor, # A batch of training images, shape (b, c, h, w)
+)->tuple[Tensor, Tensor]: # Times, shape (b,), and noise of the shape of `x`
+    "A time and noise for each image (Algorithm 1, lines 3 and 4)"
+    t = torch.randint(0, self.diffusion.num_timesteps, (len(x),), device=x.device)
+    return t, self.diffusion.noise_like(x.shape, x.device)
 
 # %% ../nbs/10_learner.ipynb #c4c875fe
 @patch
@@ -86,15 +88,18 @@ class EMACallback(Callback):
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
         if self.run and not hasattr(self, 'avg'): self.make()
-    def make(self):
-        "Begin the average with the weights as they are"
-        self.avg = AveragedModel(self.learn.diffusion, multi_avg_fn=ema_average(self.decay))
-        self.avg.requires_grad_(False).eval()
     def after_step(self): self.avg.update_parameters(self.learn.diffusion)
     def before_validate(self):
         if hasattr(self, 'avg'): self.raw, self.learn.model = self.learn.model, self.avg.module.model
     def after_validate(self):
         if hasattr(self, 'raw'): self.learn.model = self.raw; del self.raw
+
+# %% ../nbs/10_learner.ipynb #6e2ef076
+@patch
+def make(self:EMACallback):
+    "Begin the average with the weights as they are"
+    self.avg = AveragedModel(self.learn.diffusion, multi_avg_fn=ema_average(self.decay))
+    self.avg.requires_grad_(False).eval()
 
 # %% ../nbs/10_learner.ipynb #71cd70d9
 class BF16(MixedPrecision):
@@ -114,12 +119,16 @@ class ShareCallback(Callback):
     def before_batch(self):
         i = share(len(self.yb[0])).to(self.yb[0].device)
         self.learn.xb, self.learn.yb = tuple(o[i] for o in self.xb), tuple(o[i] for o in self.yb)
-    def after_loss(self):
-        stop = getattr(getattr(self.learn, 'checkpoint', None), 'stop', None)
-        both = torch.stack((self.learn.loss.detach().float()/world(), self.learn.loss.new_tensor(float(stop or 0))))
-        dist.all_reduce(both)
-        self.learn.loss = both[0]
-        if both[1] and stop is None: self.learn.checkpoint.stop = signal.SIGTERM
+
+# %% ../nbs/10_learner.ipynb #23a2e252
+@patch
+def after_loss(self:ShareCallback):
+    "Share the loss, and whether one of the processes was asked to stop"
+    stop = getattr(getattr(self.learn, 'checkpoint', None), 'stop', None)
+    both = torch.stack((self.learn.loss.detach().float()/world(), self.learn.loss.new_tensor(float(stop or 0))))
+    dist.all_reduce(both)
+    self.learn.loss = both[0]
+    if both[1] and stop is None: self.learn.checkpoint.stop = signal.SIGTERM
 
 # %% ../nbs/10_learner.ipynb #5a146957
 def write_csv(
@@ -163,24 +172,36 @@ class FiniteCallback(Callback):
     def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')
     def after_loss(self):
         if self.training: self.seen.append((self.learn.loss.detach(), self.learn.xb[1], (self.learn.pred.detach() - self.learn.yb[0]).flatten(1).sum(1)))
-    def before_step(self):
-        seen, self.seen = self.seen, []
-        grads = [p.grad for p in self.learn.model.parameters() if p.grad is not None]
-        total = sum(o[0].float() for o in seen) + torch.stack(torch._foreach_norm(grads)).sum()
-        if not total.isfinite(): self.bad(seen)
-        self.last = seen[-1][0]
     def after_step(self): self.seen = []
+
+# %% ../nbs/10_learner.ipynb #545da6a8
+@patch
+def before_step(self:FiniteCallback):
+    "Look at the losses of the step's batches and at all gradients, as one number"
+    seen, self.seen = self.seen, []
+    grads = [p.grad for p in self.learn.model.parameters() if p.grad is not None]
+    total = sum(o[0].float() for o in seen) + torch.stack(torch._foreach_norm(grads)).sum()
+    if not total.isfinite(): self.bad(seen)
+    self.last = seen[-1][0]
 
 # %% ../nbs/10_learner.ipynb #9f28f495
 @patch
-def bad(self:FiniteCallback,
+def found(self:FiniteCallback,
     seen:list, # Loss, times, and sum of each image's differences, for each batch of the step
-):
-    "Skip the step or refuse it"
+)->tuple[str, str]: # 'loss' or 'gradient', and where it was
+    "Which of the two is not finite, at which step, and the times of the images that did it"
     t = torch.cat([t[~d.isfinite()] for _,t,d in seen])
-    what = 'loss' if len(t) else 'gradient'
     times = sorted(set((t if len(t) else torch.cat([o[1] for o in seen])).tolist()))
-    found = f"{float(sum(o[0] for o in seen)/len(seen)):g} at step {self.learn.ddpm.steps + 1}, learning rate {self.learn.opt.hypers[-1]['lr']:g}, t among {', '.join(map(str, times))}"
+    loss = float(sum(o[0] for o in seen)/len(seen))
+    return 'loss' if len(t) else 'gradient', f"{loss:g} at step {self.learn.ddpm.steps + 1}, learning rate {self.learn.opt.hypers[-1]['lr']:g}, t among {', '.join(map(str, times))}"
+
+# %% ../nbs/10_learner.ipynb #c9a4e86b
+@patch
+def bad(self:FiniteCallback,
+    seen:list, # As for `found`
+):
+    "Refuse the step or skip it"
+    what, found = self.found(seen)
     if self.nonfinite == 'stop': refuse(what, found if what == 'loss' else f'no finite one, with a loss of {found}', 'finite numbers; a smaller learning_rate may help, and nonfinite skip leaves such steps out')
     self.skipped += 1
     self.learn.recorder.smooth_loss.reset() # or the mean that fastai shows would never be finite again
@@ -196,21 +217,32 @@ class CheckpointCallback(Callback):
         self.path, self.keep = Path(folder)/'model.pt', check_int('keep_checkpoints', keep)
         self.going_on, self.stop, self.last, self.done, self.random = None, None, None, 0, None
     def before_fit(self): self.run, self.stop = not hasattr(self.learn, 'lr_finder'), None
-    def before_train(self):
-        self.batch, self.done, self.random, dl = 0, 0, None, self.dls.train
-        if self.going_on: self.go_on(dl)
-        self.data_order = dl.rng.getstate()
     def after_batch(self): self.batch += self.training
     def after_epoch(self): self.save()
-    def cut_short(self):
-        "The epoch ends in its midst"
-        self.done, self.random = self.batch, random_states()
-    def after_step(self):
-        if self.stop is None: return
-        self.done = self.batch + 1
-        if hasattr(self.learn, 'step_loss'): self.learn.step_loss.write()
-        self.save()
-        raise CancelFitException
+
+# %% ../nbs/10_learner.ipynb #18961076
+@patch
+def before_train(self:CheckpointCallback):
+    "An epoch begins: go on from a checkpoint if there is one, and remember the order of the data"
+    self.batch, self.done, self.random, dl = 0, 0, None, self.dls.train
+    if self.going_on: self.go_on(dl)
+    self.data_order = dl.rng.getstate()
+
+# %% ../nbs/10_learner.ipynb #37cc99e4
+@patch
+def after_step(self:CheckpointCallback):
+    "Save and end the training if that was asked for"
+    if self.stop is None: return
+    self.done = self.batch + 1
+    if hasattr(self.learn, 'step_loss'): self.learn.step_loss.write()
+    self.save()
+    raise CancelFitException
+
+# %% ../nbs/10_learner.ipynb #e4f1c2a7
+@patch
+def cut_short(self:CheckpointCallback):
+    "The epoch ends in its midst"
+    self.done, self.random = self.batch, random_states()
 
 # %% ../nbs/10_learner.ipynb #0c1d98fc
 def plain_values(o):
@@ -233,7 +265,7 @@ def save(self:CheckpointCallback,
     l.diffusion.save(path or self.path, l.ddpm.steps, ema and ema.avg.module, train=train)
     if path is None: self.last = l.ddpm.steps
 
-# %% ../nbs/10_learner.ipynb #eccb2099
+# %% ../nbs/10_learner.ipynb #5d87cfe0
 @patch
 def set_aside(self:CheckpointCallback):
     "Keep the checkpoint of `model.pt` under the name of its step as well, and no more than `keep` in all"
@@ -243,6 +275,7 @@ def set_aside(self:CheckpointCallback):
     except OSError: return # a file system without links, or no file: there is just the newest
     for o in older(self.path)[self.keep - 1:]: o.unlink()
 
+# %% ../nbs/10_learner.ipynb #ff1578e9
 def older(
     path:Path, # `model.pt` of a run
 )->list: # Files, the newest first
@@ -290,11 +323,15 @@ class FIDCallback(Callback):
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
         if self.run and not any(o is self.metric for o in self.learn.metrics): self.learn.metrics = list(self.learn.metrics) + [self.metric]
-    def after_validate(self):
-        images = self.learn.sample_again(self.n, self.seed, progress=self.progress)
-        self.learn.score = compute_fid(images, self.real, self.net, device=self.learn.diffusion.device)
-        self.rows.append({'step': self.learn.ddpm.steps, **{k: self.learn.score[k] for k in self.fields[1:]}})
-        self.write()
+
+# %% ../nbs/10_learner.ipynb #fbe3d5db
+@patch
+def after_validate(self:FIDCallback):
+    "Sample, score, and write it down"
+    images = self.learn.sample_again(self.n, self.seed, progress=self.progress)
+    self.learn.score = compute_fid(images, self.real, self.net, device=self.learn.diffusion.device)
+    self.rows.append({'step': self.learn.ddpm.steps, **{k: self.learn.score[k] for k in self.fields[1:]}})
+    self.write()
 
 # %% ../nbs/10_learner.ipynb #795697ca
 @patch
@@ -353,22 +390,40 @@ class DDPMLearner(Learner):
         if hasattr(self, 'progress') and getattr(self.progress, 'mbar', None): self.progress.mbar.update(0) # a bar that does not begin at 0 has no start
         first, self.first_epoch = self.first_epoch, 0
         for self.epoch in range(first, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
-    def to_bf16(self):
-        "Train in bfloat16"
-        return self.add_cb(BF16())
-    @property
-    def averaged(self):
-        "The model to sample from: the average where there is one"
-        return self.ema.avg.module if hasattr(self, 'ema') and hasattr(self.ema, 'avg') else self.diffusion
-    def sample(self, n=16, **kwargs):
-        "`n` new images in [0, 1], by `sample_images`"
-        return sample_images(self.averaged, n, **({'precision': 'auto'} | kwargs))
-    def sample_again(self, n, seed, **kwargs):
-        "`n` images from the noise of `seed`; the random state of training stays as it is"
-        devs = [self.diffusion.device] if self.diffusion.device.type == 'cuda' else []
-        with torch.random.fork_rng(devices=devs):
-            torch.manual_seed(seed)
-            return self.sample(n, **kwargs)
+
+# %% ../nbs/10_learner.ipynb #aaba1e0e
+@patch
+def to_bf16(self:DDPMLearner)->DDPMLearner: # The learner
+    "Train in bfloat16"
+    return self.add_cb(BF16())
+
+# %% ../nbs/10_learner.ipynb #fa34fd98
+@patch(as_prop=True)
+def averaged(self:DDPMLearner)->Diffusion: # With the averaged weights, or with the weights themselves
+    "The model to sample from: the average where there is one"
+    return self.ema.avg.module if hasattr(self, 'ema') and hasattr(self.ema, 'avg') else self.diffusion
+
+# %% ../nbs/10_learner.ipynb #3c56a29f
+@patch
+def sample(self:DDPMLearner,
+    n:int=16, # How many
+    **kwargs # For `sample_images`
+)->Tensor: # Values in [0, 1], shape (n, c, h, w), on the CPU
+    "`n` new images in [0, 1], by `sample_images`"
+    return sample_images(self.averaged, n, **({'precision': 'auto'} | kwargs))
+
+# %% ../nbs/10_learner.ipynb #d18a8be7
+@patch
+def sample_again(self:DDPMLearner,
+    n:int, # How many
+    seed:int, # Of the noise
+    **kwargs # For `sample_images`
+)->Tensor: # Values in [0, 1], shape (n, c, h, w), on the CPU
+    "`n` images from the noise of `seed`; the random state of training stays as it is"
+    devs = [self.diffusion.device] if self.diffusion.device.type == 'cuda' else []
+    with torch.random.fork_rng(devices=devs):
+        torch.manual_seed(seed)
+        return self.sample(n, **kwargs)
 
 # %% ../nbs/10_learner.ipynb #4d17ec42
 def ddpm_learner(
