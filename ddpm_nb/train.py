@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FREE', 'ddpm_train', 'ddpm_visualize', 'ddpm_sample', 'ddpm_fid', 'ddpm_data', 'ints', 'only_run', 'run_folder',
            'Epochs', 'WandbNames', 'wandb_mode', 'logger_cbs', 'Curves', 'score_cbs', 'train_diffusion', 'check_train',
-           'new_model', 'earlier_run', 'last_good', 'fitting', 'stop_by_signal', 'start_from', 'same_config', 'run',
+           'new_model', 'earlier_run', 'fitting', 'last_good', 'stop_by_signal', 'start_from', 'same_config', 'run',
            'saved_elsewhere', 'load_model', 'visualize_diffusion', 'sample_diffusion', 'load_samples', 'score_samples',
            'get_data']
 
@@ -236,7 +236,17 @@ def earlier_run(
         if was.get(k) != now[k]: refuse(k, repr(now[k]), f'{was.get(k)!r}, as in the run that is to be resumed')
     return last_good(folder/'model.pt', model)
 
-# %% ../nbs/12_train.ipynb #162c541c
+# %% ../nbs/12_train.ipynb #89e418d4
+def fitting(
+    path, # A checkpoint
+    model:Diffusion, # The model that it is for
+)->dict: # Its content
+    "Read a checkpoint whose weights, and their average, fit the model"
+    ckpt = read_checkpoint(path)
+    for k in {'model'} | {'ema'} & set(ckpt): check_weights(model, ckpt, k, str(path))
+    return ckpt
+
+# %% ../nbs/12_train.ipynb #93b992e0
 def last_good(
     path:Path, # `model.pt` of a run
     model:Diffusion, # A model of the run's configuration
@@ -249,15 +259,6 @@ def last_good(
         if bad: print(f'{bad[0]}; going on from {o}', file=sys.stderr)
         return ckpt
     raise bad[0]
-
-def fitting(
-    path, # A checkpoint
-    model:Diffusion, # The model that it is for
-)->dict: # Its content
-    "Read a checkpoint whose weights, and their average, fit the model"
-    ckpt = read_checkpoint(path)
-    for k in {'model'} | {'ema'} & set(ckpt): check_weights(model, ckpt, k, str(path))
-    return ckpt
 
 # %% ../nbs/12_train.ipynb #8307df18
 @contextmanager
