@@ -281,6 +281,7 @@ class View(Transform):
 # %% ../nbs/01_data.ipynb #877a3bb2
 class ImageDL(TfmdDL):
     "A loader that takes whole batches from `Images`"
+    get_idxs:Callable; create_batches:Callable # added below
     def __init__(self, dataset, bs=32, num_workers=0, **kwargs):
         super().__init__(dataset, bs=bs, num_workers=0, **kwargs)
         self.skip, self.on_start = 0, noop

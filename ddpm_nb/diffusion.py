@@ -50,7 +50,7 @@ class Diffusion(nn.Module, ModelHubMixin, library_name='ddpm_nb', license='apach
                 tags=['ddpm', 'diffusion'], repo_url='https://github.com/ddpm-nb/ddpm_nb', model_card_template=CARD):
     "A denoising diffusion model: a network that guesses noise, and a schedule"
     noise_like:Callable; q_sample:Callable; p_losses:Callable; denoise:Callable; p_sample:Callable; p_sample_loop:Callable # added below
-    sample:Callable; bits_per_dim:Callable; config:dict; save:Callable; from_pretrained:Callable; _save_pretrained:Callable
+    sample:Callable; bits_per_dim:Callable; config:dict; device:torch.device; save:Callable; from_pretrained:Callable; _save_pretrained:Callable
     def __init__(self,
         model:nn.Module, # Takes (x_t, t) and returns the noise, the shape of x_t
         *,
