@@ -6,7 +6,7 @@
 __all__ = ['BadInput', 'Stopped', 'refuse', 'check_int', 'check_float', 'check_path', 'command', 'bar', 'CannotWrite', 'to_disk',
            'complete', 'extract', 'normalize_to_neg_one_to_one', 'unnormalize_to_zero_to_one', 'image_grid',
            'write_image', 'best_device', 'fast_bf16', 'use_bf16', 'keep_freed_memory', 'seed_everything',
-           'random_states', 'set_random_states', 'world', 'rank', 'join_processes', 'share', 'shared']
+           'random_states', 'set_random_states', 'world', 'rank', 'join_processes', 'share', 'shared', 'everywhere']
 
 # %% ../nbs/00_core.ipynb #483610db
 import ctypes, math, os, random, sys, warnings
@@ -136,7 +136,7 @@ def to_disk(
     path, # A file or a folder
 ):
     "Force what the operating system still holds of `path` onto the disk (POSIX's fsync)"
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR) # Windows asks for the right to write
     try: os.fsync(fd)
     finally: os.close(fd)
 
@@ -252,22 +252,28 @@ def seed_everything(
     torch.manual_seed(seed)
 
 # %% ../nbs/00_core.ipynb #8498d1cb
-def random_states()->dict: # By library, plain values and tensors
+def random_states(
+    device='cpu', # Where the model is; a GPU's generator is kept as well
+)->dict: # By library, plain values and tensors
     "The states of Python's, NumPy's and PyTorch's generators"
-    kind, keys, *rest = np.random.get_state()
-    return dict(python=random.getstate(), numpy=(kind, torch.tensor(keys, dtype=torch.int64), *rest), torch=torch.get_rng_state(),
-                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    (kind, keys, *rest), device = np.random.get_state(), torch.device(device)
+    s = dict(python=random.getstate(), numpy=(kind, torch.tensor(keys, dtype=torch.int64), *rest), torch=torch.get_rng_state())
+    if device.type == 'cuda': s['gpu'] = torch.cuda.get_rng_state(device)
+    if device.type == 'mps': s['gpu'] = torch.mps.get_rng_state()
+    return s
 
 # %% ../nbs/00_core.ipynb #0b9382df
 def set_random_states(
     states:dict, # What `random_states` returned
+    device='cpu', # Where the model is
 ):
     "Put the generators back"
-    kind, keys, *rest = states['numpy']
+    (kind, keys, *rest), device = states['numpy'], torch.device(device)
     random.setstate(states['python'])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states['torch'].cpu())
-    if states['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all([o.cpu() for o in states['cuda']])
+    if device.type == 'cuda' and 'gpu' in states: torch.cuda.set_rng_state(states['gpu'].cpu(), device)
+    if device.type == 'mps' and 'gpu' in states: torch.mps.set_rng_state(states['gpu'].cpu())
 
 # %% ../nbs/00_core.ipynb #2acd7cc2
 def world()->int: # At least 1
@@ -299,6 +305,7 @@ def share(
     per = -(-n//world())
     return (rank()*per + torch.arange(per)) % n
 
+# %% ../nbs/00_core.ipynb #bc5abf7d
 def shared(
     f, # Takes batches of equal length, and returns a tensor of that length
     *xs:torch.Tensor, # The whole batches, the same in every process
@@ -310,3 +317,13 @@ def shared(
     parts = [torch.empty_like(y) for _ in range(world())]
     dist.all_gather(parts, y)
     return torch.cat(parts)[:n]
+
+# %% ../nbs/00_core.ipynb #2a435861
+def everywhere(
+    yes:bool, # Is it so here?
+)->bool: # Is it so in every process?
+    "Ask all processes"
+    if world() == 1: return yes
+    answers:list = [None]*world()
+    dist.all_gather_object(answers, yes)
+    return all(answers)

@@ -77,9 +77,12 @@ def read(self:Files,
     name:str, # One of `names`
 )->bytes: # The file's content
     "What is in the file `name`; raises `OSError` or `ValueError` where it cannot be read"
-    n = self.zip.getinfo(name).file_size if self.zip else (self.path/name).stat().st_size
+    info = self.zip.getinfo(name) if self.zip else None
+    n = info.file_size if info else (self.path/name).stat().st_size
     if n > MAX_BYTES: raise ValueError(f'{n} bytes, more than {MAX_BYTES}')
-    return self.zip.read(name) if self.zip else (self.path/name).read_bytes()
+    if not self.zip or not info: return (self.path/name).read_bytes()
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): raise ValueError('neither stored nor deflated')
+    with self.zip.open(info) as f: return f.read(n + 1) # to its end, where the checksum is looked at
 
 # %% ../nbs/01_data.ipynb #5dffa1b3
 def splits(
@@ -116,7 +119,7 @@ def pick_names(
     train, val = of('train'), of('val')
     if not train: refuse('data_class', repr(data_class), ', '.join(['all', *sorted(d for d in s['train'] if d)]))
     if not val and len(train) < 2: refuse('data_path', 'one image', 'at least two, one to train on and one to hold out')
-    if not val: train, val = hold_out(train, n_valid)
+    if not val: train, val = hold_out(train, min(n_valid, 512))
     return train, val[:n_valid]
 
 # %% ../nbs/01_data.ipynb #4511d010

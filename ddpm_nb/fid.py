@@ -12,6 +12,7 @@ __all__ = ['INCEPTION', 'INCEPTION_SHA256', 'NETWORKS', 'Features', 'frechet_dis
 import hashlib, json, platform, sys, zipfile
 from collections.abc import Callable
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np, torch
@@ -221,13 +222,13 @@ def efficientnet()->Network: # Weights from PyPI
 NETWORKS = {'inception': inception, 'efficientnet-lite0': efficientnet}
 
 def get_network(
-    name=None, # 'inception', 'efficientnet-lite0', a path to Inception's file, or a `Network`; by default the first of these that is on the machine
+    name=None, # 'inception', 'efficientnet-lite0', a path to Inception's file, or a `Network`; by default the first of these that is on the machine, and where none is, Inception, which is downloaded
 )->Network: # The network
     "The network of that name; what is chosen without a name is said"
     if isinstance(name, Network): return name
     if name is not None and Path(name).name == INCEPTION: return inception(name)
     if name is not None: return NETWORKS[name]() if name in NETWORKS else refuse('network', repr(name), ', '.join(NETWORKS))
-    if inception_path().is_file(): return inception()
+    if inception_path().is_file() or not find_spec('efficientnet_lite_pytorch'): return inception()
     print(f'no Inception weights at {inception_path()}: scores are FD (efficientnet-lite0), not FID', file=sys.stderr)
     return efficientnet()
 
@@ -357,7 +358,8 @@ def reference(
     files, size = Files(data_path), check_int('image_size', image_size)
     names = pick_names(files.names, data_class, 10**9)[split == 'val'][:n] if view == 'eval' else files.names[:n]
     path = xdg_cache_home()/'ddpm_nb'/'features'/f"{fingerprint(files, names, size, view, on_bad, net.key, 'v1')}.npy"
-    if net.key and (f := cached(path)): return f
+    known = cached(path) if net.key else None
+    if everywhere(known is not None) and known: return known
     images = Images(files, names, int(1.12*size) if view == 'eval' else size, on_bad=on_bad, progress=progress)
     f = net.all(Batches(images, size, net.batch_size), device, progress)
     if net.key: keep(f, path)

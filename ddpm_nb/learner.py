@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DDPMCallback', 'ema_average', 'EMACallback', 'BF16', 'ShareCallback', 'write_csv', 'StepLoss', 'FiniteCallback',
-           'CheckpointCallback', 'older', 'GridCallback', 'FIDCallback', 'FusedAdam', 'DDPMLearner', 'ddpm_learner']
+           'CheckpointCallback', 'older', 'GridCallback', 'FIDCallback', 'FusedAdam', 'DDPMLearner', 'ddpm_learner',
+           'check_compile']
 
 # %% ../nbs/10_learner.ipynb #31618f19
 import csv, math, os, signal, sys
@@ -124,11 +125,14 @@ class ShareCallback(Callback):
 @patch
 def after_loss(self:ShareCallback):
     "Share the loss, and whether one of the processes was asked to stop"
-    stop = getattr(getattr(self.learn, 'checkpoint', None), 'stop', None)
-    both = torch.stack((self.learn.loss.detach().float()/world(), self.learn.loss.new_tensor(float(stop or 0))))
+    cb = getattr(self.learn, 'checkpoint', None)
+    asked = getattr(cb, 'stop', None) is not None
+    both = torch.stack((self.learn.loss.detach().float()/world(), self.learn.loss.new_tensor(float(asked))))
     dist.all_reduce(both)
     self.learn.loss = both[0]
-    if both[1] and stop is None: self.learn.checkpoint.stop = signal.SIGTERM
+    if cb is None or not both[1]: return
+    cb.agreed = True
+    if not asked: cb.stop = signal.SIGTERM
 
 # %% ../nbs/10_learner.ipynb #5a146957
 def write_csv(
@@ -190,10 +194,9 @@ def found(self:FiniteCallback,
     seen:list, # Loss, times, and sum of each image's differences, for each batch of the step
 )->tuple[str, str]: # 'loss' or 'gradient', and where it was
     "Which of the two is not finite, at which step, and the times of the images that did it"
-    t = torch.cat([t[~d.isfinite()] for _,t,d in seen])
+    t, loss = torch.cat([t[~d.isfinite()] for _,t,d in seen]), float(sum(o[0] for o in seen)/len(seen))
     times = sorted(set((t if len(t) else torch.cat([o[1] for o in seen])).tolist()))
-    loss = float(sum(o[0] for o in seen)/len(seen))
-    return 'loss' if len(t) else 'gradient', f"{loss:g} at step {self.learn.ddpm.steps + 1}, learning rate {self.learn.opt.hypers[-1]['lr']:g}, t among {', '.join(map(str, times))}"
+    return 'gradient' if math.isfinite(loss) else 'loss', f"{loss:g} at step {self.learn.ddpm.steps + 1}, learning rate {self.learn.opt.hypers[-1]['lr']:g}, t among {', '.join(map(str, times))}"
 
 # %% ../nbs/10_learner.ipynb #c9a4e86b
 @patch
@@ -215,8 +218,8 @@ class CheckpointCallback(Callback):
     order = Recorder.order + 2
     def __init__(self, folder, keep=2):
         self.path, self.keep = Path(folder)/'model.pt', check_int('keep_checkpoints', keep)
-        self.going_on, self.stop, self.last, self.done, self.random = None, None, None, 0, None
-    def before_fit(self): self.run, self.stop = not hasattr(self.learn, 'lr_finder'), None
+        self.going_on, self.stop, self.last, self.batch, self.done, self.random = None, None, None, 0, 0, None
+    def before_fit(self): self.run, self.stop, self.agreed = not hasattr(self.learn, 'lr_finder'), None, world() == 1
     def after_batch(self): self.batch += self.training
     def after_epoch(self): self.save()
 
@@ -232,17 +235,18 @@ def before_train(self:CheckpointCallback):
 @patch
 def after_step(self:CheckpointCallback):
     "Save and end the training if that was asked for"
-    if self.stop is None: return
+    if self.stop is None or not self.agreed: return
     self.done = self.batch + 1
     if hasattr(self.learn, 'step_loss'): self.learn.step_loss.write()
     self.save()
+    everywhere(True) # a launcher ends all processes when the first one ends, and one of them is saving
     raise CancelFitException
 
 # %% ../nbs/10_learner.ipynb #e4f1c2a7
 @patch
 def cut_short(self:CheckpointCallback):
     "The epoch ends in its midst"
-    self.done, self.random = self.batch, random_states()
+    self.done, self.random = self.batch, random_states(self.learn.diffusion.device)
 
 # %% ../nbs/10_learner.ipynb #0c1d98fc
 def plain_values(o):
@@ -258,7 +262,7 @@ def save(self:CheckpointCallback,
 ):
     "Write the model, its average and all that training needs to go on; raises `CannotWrite`"
     l, ema, batch = self.learn, getattr(self.learn, 'ema', None), self.done # batches of the epoch that are done; 0 at its end
-    train = dict(opt=plain_values(l.opt.state_dict()), random=self.random or random_states(), epoch=l.epoch + (not batch), batch=batch,
+    train = dict(opt=plain_values(l.opt.state_dict()), random=self.random or random_states(l.diffusion.device), epoch=l.epoch + (not batch), batch=batch,
                  data_order=self.data_order if batch else self.dls.train.rng.getstate(), iter=l.train_iter + 1, pct=float(l.pct_train + 1/(l.n_iter*l.n_epoch)),
                  rows={k: plain_values(getattr(l, k).rows) for k in ('step_loss', 'fid') if hasattr(l, k)})
     if path is None: self.set_aside()
@@ -271,7 +275,8 @@ def set_aside(self:CheckpointCallback):
     "Keep the checkpoint of `model.pt` under the name of its step as well, and no more than `keep` in all"
     if rank() or self.last is None or self.keep < 2 or self.last == self.learn.ddpm.steps: return
     old = self.path.with_name(f'model_{self.last}.pt')
-    try: old.unlink(missing_ok=True); os.link(self.path, old)
+    try:
+        if not old.exists(): os.link(self.path, old) # it is there where the run goes on from it, since `model.pt` is damaged
     except OSError: return # a file system without links, or no file: there is just the newest
     for o in older(self.path)[self.keep - 1:]: o.unlink()
 
@@ -292,11 +297,11 @@ def go_on(self:CheckpointCallback,
     try:
         self.learn.opt.load_state_dict(s['opt'])
         dl.rng.setstate(s['data_order'])
-        set_random_states(s['random'])
+        set_random_states(s['random'], self.learn.diffusion.device)
         if not s['batch']: return
         self.learn.pct_train, self.learn.train_iter = s['pct'], s['iter']
         self.batch = dl.skip = s['batch']
-        dl.on_start = lambda: set_random_states(s['random'])
+        dl.on_start = lambda: set_random_states(s['random'], self.learn.diffusion.device)
     except (AssertionError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as e: refuse('checkpoint', f'a state of training that does not fit ({type(e).__name__}: {e})', 'one that ddpm_train wrote with the same version of PyTorch')
 
 # %% ../nbs/10_learner.ipynb #782a2f40
@@ -317,7 +322,7 @@ class FIDCallback(Callback):
     "Score samples of the averaged model at the end of each epoch"
     order, fields = Recorder.order - 1, ('step', 'label', 'value', 'floor', 'n', 'n_real', 'kid', 'kid_se', 'precision', 'recall', 'density', 'coverage')
     def __init__(self, real, net, folder='.', n=512, seed=2024, progress=False):
-        self.real, self.net, self.n, self.seed, self.progress = real, net, check_int('n', n, 3), seed, progress
+        self.real, self.net, self.n, self.seed, self.progress = real, net, check_int('n', n, 4), seed, progress
         self.path, self.rows = Path(folder)/'fid.csv', []
         self.metric = ValueMetric(lambda: self.rows[-1]['value'], 'fid' if net.label == 'FID' else net.label)
     def before_fit(self):
@@ -420,10 +425,11 @@ def sample_again(self:DDPMLearner,
     **kwargs # For `sample_images`
 )->Tensor: # Values in [0, 1], shape (n, c, h, w), on the CPU
     "`n` images from the noise of `seed`; the random state of training stays as it is"
-    devs = [self.diffusion.device] if self.diffusion.device.type == 'cuda' else []
-    with torch.random.fork_rng(devices=devs):
-        torch.manual_seed(seed)
-        return self.sample(n, **kwargs)
+    d = self.diffusion.device
+    was = random_states(d)
+    torch.manual_seed(seed)
+    try: return self.sample(n, **kwargs)
+    finally: set_random_states(was, d)
 
 # %% ../nbs/10_learner.ipynb #4d17ec42
 def ddpm_learner(
@@ -480,14 +486,22 @@ def go_on(self:DDPMLearner,
     self.first_epoch, self.checkpoint.going_on, self.checkpoint.last = ckpt['train']['epoch'], ckpt['train'], ckpt['step']
 
 # %% ../nbs/10_learner.ipynb #8c824ba0
+def check_compile(
+    device, # Where the network runs
+    **kwargs # For `torch.compile`
+):
+    "Refuse to compile where the machine has no compiler that works"
+    try: torch.compile(torch.sin, **kwargs)(torch.ones(8, device=device))
+    except Exception as e: refuse('compile', f'no compiler that works ({str(e).splitlines()[0][:100]})', 'a C++ compiler, and Triton on a GPU; or no compilation')
+
+# %% ../nbs/10_learner.ipynb #f39c461c
 @patch
 def compile(self:DDPMLearner,
     **kwargs # For `torch.compile`, in place of `mode='reduce-overhead'`
 )->DDPMLearner: # The learner
-    "Compile the network at its first batch, on a GPU into CUDA graphs; raises `BadInput` where the machine has no compiler that works"
+    "Compile the network at its first batch, on a GPU into CUDA graphs; raises `BadInput` where `check_compile` does"
     kwargs, net = kwargs or dict(mode='reduce-overhead'), self.diffusion.model
-    try: torch.compile(torch.sin, **kwargs)(torch.ones(8, device=self.dls.device))
-    except Exception as e: refuse('compile', f'no compiler that works ({str(e).splitlines()[0][:100]})', 'a C++ compiler, and Triton on a GPU; or no compilation')
+    check_compile(self.dls.device, **kwargs)
     for p in net.parameters(): p.grad = torch.zeros_like(p)
     net.compile(**kwargs)
     return self

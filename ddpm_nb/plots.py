@@ -50,13 +50,14 @@ def plot_loss(
     window:int=25, # Steps in the running mean
 )->Figure: # The figure
     "Training loss with its running mean, and held-out loss"
-    step, loss, held = zip(*rows)
+    held = [(s, h) for s,_,h in rows if h is not None]
+    step, loss = zip(*[(s, l) for s,l,_ in rows if math.isfinite(l)] or [(0, 0.)])
     mean = [sum(loss[max(0, i-window+1):i+1])/min(i+1, window) for i in range(len(loss))]
     fig = Figure(figsize=(6, 3), layout='constrained')
     ax = fig.subplots()
     ax.plot(step, loss, alpha=.25, c='C0')
     ax.plot(step, mean, c='C0', label=f'training, mean of {window} steps')
-    ax.plot(*zip(*[(s, h) for s,h in zip(step, held) if h is not None] or [((), ())]), 'o', c='C1', label='held out')
+    ax.plot(*zip(*held or [((), ())]), 'o', c='C1', label='held out')
     ax.set(xlabel='step', ylabel='L1 loss', ylim=(min(loss)*.9, sorted(loss)[int(len(loss)*.98)]*1.1))
     ax.locator_params('x', integer=True)
     ax.legend()
@@ -107,12 +108,13 @@ def forward_strip(
 def backward_strip(
     diffusion:Diffusion, # The model
     x_T:Tensor, # Noise, or the last images of the forward process, shape (n, c, h, w)
-)->Tensor: # x_t in [-1, 1], shape (5, n, c, h, w), from t = T to the finished images
-    "The images at five times of the reverse process (Fig. 5)"
-    keep, seen = part_times(diffusion.num_timesteps), {diffusion.num_timesteps - 1: x_T}
-    with evaluating(diffusion):
-        for i, x, _ in ancestral(chunked(diffusion.model, diffusion.chunk), diffusion.schedule, x_T, lambda o: diffusion.noise_like(o.shape, o.device)): seen[i - 1] = x
-    seen[0] = seen[-1]
+)->Tensor: # x_t in [-1, 1], shape (5, n, c, h, w), from 99 % of T to the finished images
+    "The images at five times of the reverse process, which begins at the first of them (Fig. 5)"
+    keep, x, seen = part_times(diffusion.num_timesteps), x_T, {}
+    for i in reversed(range(keep[-1] + 1)):
+        seen[i] = x
+        x = diffusion.p_sample(x, torch.full((len(x),), i, device=x.device), i)
+    seen[0] = x
     return torch.stack([seen[i] for i in reversed(keep)])
 
 # %% ../nbs/11_plots.ipynb #f00598b5

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['FREE', 'ddpm_train', 'ddpm_visualize', 'ddpm_sample', 'ddpm_fid', 'ddpm_data', 'ints', 'only_run', 'run_folder',
-           'Epochs', 'WandbNames', 'wandb_mode', 'logger_cbs', 'Curves', 'score_cbs', 'train_diffusion', 'check_train',
-           'new_model', 'earlier_run', 'fitting', 'last_good', 'stop_by_signal', 'start_from', 'same_config', 'run',
-           'saved_elsewhere', 'load_model', 'visualize_diffusion', 'sample_diffusion', 'load_samples', 'score_samples',
-           'get_data']
+           'Epochs', 'WandbNames', 'wandb_mode', 'logger_class', 'logger_cbs', 'Curves', 'score_cbs', 'train_diffusion',
+           'check_train', 'new_model', 'earlier_run', 'fitting', 'last_good', 'stop_by_signal', 'start_from',
+           'same_config', 'run', 'saved_elsewhere', 'load_model', 'visualize_diffusion', 'sample_diffusion',
+           'load_samples', 'score_samples', 'get_data']
 
 # %% ../nbs/12_train.ipynb #ebd32406
-import gc, json, math, netrc, os, signal, sys, tempfile, threading, zipfile
+import gc, json, math, netrc, os, signal, sys, tempfile, threading, time, zipfile
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -65,11 +65,14 @@ def run_folder(
     "Make the folder of a run; an earlier run in it is moved aside"
     path = check_path('save_folder', save_folder)
     if rank(): yield path; return
-    goes_on = resume or load_path is not None and check_path('load_path', load_path).resolve().parent == path.resolve()
+    full = path.resolve()
+    goes_on = resume or load_path is not None and check_path('load_path', load_path).resolve().parent == full
     try:
         if (path/'model.pt').exists() and not goes_on:
+            if full == Path.cwd(): refuse('save_folder', f'{str(save_folder)!r}, in which one stands, and with an earlier run in it', 'another folder, or resume')
             aside = next(p for i in range(1, 10**6) if not (p := path.with_name(f'{path.name}.{i}')).exists())
-            with only_run(path): path.rename(aside)
+            with only_run(path): pass
+            path.rename(aside)
             print(f'{path} holds an earlier run, which is now in {aside}')
         path.mkdir(parents=True, exist_ok=True)
         (path/'.probe').touch(); (path/'.probe').unlink()
@@ -103,6 +106,19 @@ def wandb_mode()->str: # A mode of `wandb.init`
     except (OSError, netrc.NetrcParseError): known = None
     return os.environ.get('WANDB_MODE') or ('online' if known or os.environ.get('WANDB_API_KEY') else 'offline')
 
+# %% ../nbs/12_train.ipynb #730945e6
+def logger_class(
+    logger:str, # 'none', 'tensorboard' or 'wandb'
+): # fastai's callback for it, or None
+    "The callback's class, if what it needs is installed"
+    try:
+        if logger == 'none': return None
+        if logger == 'tensorboard': from fastai.callback.tensorboard import TensorBoardCallback as cls
+        elif logger == 'wandb': from fastai.callback.wandb import WandbCallback as cls
+        else: refuse('logger', repr(logger), 'none, tensorboard, wandb')
+    except ImportError as e: refuse('logger', f"{logger!r}, which is not installed ({e})", f"an installed one: pip install 'ddpm_nb[{logger}]'")
+    return cls
+
 # %% ../nbs/12_train.ipynb #9bf63ca6
 def logger_cbs(
     logger:str, # 'none', 'tensorboard' or 'wandb'
@@ -110,19 +126,14 @@ def logger_cbs(
     config:dict, # What the run was started with
 )->list: # Callbacks
     "fastai's callbacks for that logger"
-    if logger == 'none' or rank(): return []
-    if logger not in ('tensorboard', 'wandb'): refuse('logger', repr(logger), 'none, tensorboard, wandb')
-    try:
-        if logger == 'tensorboard':
-            from fastai.callback.tensorboard import TensorBoardCallback
-            return [TensorBoardCallback(log_dir=str(folder/'tensorboard'), trace_model=False, log_preds=False)]
-        import wandb
-        from fastai.callback.wandb import WandbCallback
-    except ImportError as e: refuse('logger', f"{logger!r}, which is not installed ({e})", f"an installed one: pip install 'ddpm_nb[{logger}]'")
+    cls = logger_class(logger)
+    if cls is None or rank(): return []
+    if logger == 'tensorboard': return [cls(log_dir=str(folder/'tensorboard'), trace_model=False, log_preds=False)]
+    import wandb
     wandb.init(project='DDPM_AFHQ', config=config, dir=str(folder), mode=wandb_mode())
     names = WandbNames()
     names.wandb = wandb
-    return [WandbCallback(log=None, log_preds=False), names]
+    return [cls(log=None, log_preds=False), names]
 
 # %% ../nbs/12_train.ipynb #ab41bc1d
 class Curves(Callback):
@@ -142,9 +153,9 @@ class Curves(Callback):
 def score_cbs(
     c:dict, # The parameters of `train_diffusion`
     dls:DataLoaders, # The images
+    net:Network, # The network of the score
 )->list: # A callback
     "The callback that scores samples at each milestone"
-    net = get_network(c['network'])
     path = builtin_faces(c['data_class']) if c['data_path'] is None else c['data_path']
     real = reference(path, net, c['image_size'], c['data_class'], on_bad=c['on_bad'], device=dls.device, progress=True)
     return [FIDCallback(real, net, n=c['fid_samples'], seed=c['seed'], progress=True)]
@@ -187,10 +198,12 @@ def train_diffusion(
     seed_everything(seed)
     device, model = join_processes(device), new_model(config)
     ckpt = earlier_run(config, model) if resume else start_from(config, model) if load_path is not None else None
+    net = get_network(network) if fid else None
+    if compile: check_compile(device)
     if ckpt and ckpt['step'] >= total: refuse('train_steps', f"{total} with a model of {ckpt['step']} steps", f"more than {ckpt['step']}")
     dls = image_dls(builtin_faces(data_class) if data_path is None else data_path, image_size, batch_size, data_class,
                     epoch_size=every*2*batch_size, on_bad=on_bad, device=device, progress=True)
-    scores = score_cbs(config, dls) if fid else []
+    scores = score_cbs(config, dls, net) if net else []
     with run_folder(save_folder, load_path, resume) as folder:
         if not rank():
             with complete(folder/'config.json') as tmp: tmp.write_text(json.dumps(config, indent=2, default=str))
@@ -208,7 +221,7 @@ def check_train(
     check_float('learning_rate', c['learning_rate'], above=True)
     use_bf16(c['precision'])
     if c['on_bad'] not in ('error', 'skip'): refuse('on_bad', repr(c['on_bad']), 'error or skip')
-    if c['logger'] not in ('none', 'tensorboard', 'wandb'): refuse('logger', repr(c['logger']), 'none, tensorboard, wandb')
+    logger_class(c['logger'])
     check_int('fid_samples', c['fid_samples'], 6); check_int('keep_checkpoints', c['keep_checkpoints'])
     if c['nonfinite'] not in ('stop', 'skip'): refuse('nonfinite', repr(c['nonfinite']), 'stop or skip')
 
@@ -228,7 +241,7 @@ def earlier_run(
 )->dict: # Its last good checkpoint
     "The run in `save_folder`, if its parameters are the same"
     folder = check_path('save_folder', c['save_folder'])
-    if not (folder/'model.pt').exists(): read_checkpoint(folder/'model.pt')
+    if not older(folder/'model.pt') and not (folder/'model.pt').exists(): read_checkpoint(folder/'model.pt') # which says so
     try: was = json.loads((folder/'config.json').read_text())
     except (OSError, ValueError): refuse('resume', f'no readable {folder/"config.json"}', 'the folder of a run of ddpm_train')
     now = json.loads(json.dumps(c, default=str))
@@ -266,8 +279,10 @@ def stop_by_signal(
     cb:CheckpointCallback, # What to ask for a stop
 ):
     "Let Ctrl-C and SIGTERM ask for a stop after the step"
+    asked = []
     def ask(sig, frame):
-        if cb.stop is not None: raise KeyboardInterrupt
+        asked.append(time.monotonic())
+        if asked[-1] > asked[0] + 1: raise KeyboardInterrupt
         cb.stop = sig
     mine = threading.current_thread() is threading.main_thread()
     old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)} if mine else {}
@@ -355,7 +370,7 @@ def visualize_diffusion(
     save_folder:str='./results', # Folder of the model, and for the two figures
     data_path:str=None, # Folder or zip file of images; the built-in faces by default
     load_path:str=None, # Checkpoint of the model; model.pt in save_folder by default
-    unet_dim_mults:ints=(1, 2, 4, 8), # Must be the model's; by default what the checkpoint says counts
+    unet_dim_mults:ints=(1, 2, 4, 8), # Accepted for the assignment's sake; the checkpoint knows
     image_size:int=32, # As unet_dim_mults
     batch_size:int=32, # Images in a batch, of which n_samples are shown
     data_class:str='cat', # Domain of the images: cat, dog, wild, any other folder's name, or all
@@ -397,13 +412,14 @@ def sample_diffusion(
     check_int('n', n); pick_sampler(sampler, steps, eta)
     keep_freed_memory()
     d, folder, i = load_model(load_path, join_processes(device)), check_path('save_folder', save_folder), 0
+    grid = folder.absolute().parent/f'{folder.absolute().name}.png'
     ddim_times(d.num_timesteps, steps)
     seed_everything(seed)
     try:
         if not rank(): folder.mkdir(parents=True, exist_ok=True)
         for batch in sample_batches(d, n, sampler=sampler, steps=steps, eta=eta, precision='auto', progress=True):
             if rank(): continue
-            if not i: write_image(image_grid(batch[:64], math.ceil(min(n, 64)**.5)), folder.with_name(folder.name + '.png'))
+            if not i: write_image(image_grid(batch[:64], math.ceil(min(n, 64)**.5)), grid)
             for j,x in enumerate(batch, i): write_image(x, folder/f'{j:05}.png')
             i += len(batch)
     except OSError as e: refuse('save_folder', f'{str(save_folder)!r} ({e.strerror})', 'a folder that can be written to')
@@ -416,7 +432,7 @@ def load_samples(
 )->torch.Tensor: # uint8, shape (n, 3, size, size)
     "Generated images as they are"
     files = Files(path)
-    with Image.open(BytesIO(files.read(files.names[0]))) as im: w, h = im.size
+    w, h = size_of(files, files.names[0])
     if w != h: refuse('samples', f'{files.names[0]} of {w}×{h} pixels', 'square images')
     other = next((o for o in files.names if size_of(files, o) != (w, h)), None)
     if other: refuse('samples', f"images of many sizes, {files.names[0]} of {w}×{h} and {other} of {'×'.join(map(str, size_of(files, other)))}", 'images of one size')
@@ -426,7 +442,7 @@ def load_samples(
 def size_of(files, name):
     "Width and height of an image file, without decoding it"
     try:
-        with Image.open(BytesIO(files.read(name))) as im: return im.size
+        with Image.open(BytesIO(files.read(name)), formats=FORMATS) as im: return im.size
     except UNREADABLE as e: refuse('samples', f'{name}, which cannot be read ({type(e).__name__})', 'readable images')
 
 # %% ../nbs/12_train.ipynb #c13bed40

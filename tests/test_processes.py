@@ -1,5 +1,5 @@
 "Two processes on a CPU, started by torchrun and by Accelerate: the same numbers as one, one writer, and an end when one of them dies."
-import csv, os, re, signal, subprocess, sys, time
+import csv, os, random, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +7,7 @@ import psutil
 import pytest
 from PIL import Image
 from conftest import TINY, command
+from ddpm_nb.diffusion import read_checkpoint
 
 BIN = Path(sys.executable).parent
 ENV = os.environ | dict(OMP_NUM_THREADS='1')
@@ -73,6 +74,18 @@ def test_a_death_ends_the_run(pics, tmp_path):
     said = p.communicate(timeout=120)[1]
     assert p.returncode and 'exitcode' in said and '-9' in said
     assert not [c for c in psutil.process_iter(['cmdline']) if str(tmp_path) in ' '.join(c.info['cmdline'] or '')] # one that is dead has none
+
+
+@pytest.mark.parametrize('who', ['0', '1'])
+def test_one_is_asked_and_all_stop(pics, tmp_path, who):
+    "One process alone gets the signal, at a moment that chance decides, and the step that both stop after is saved"
+    p = started(pics, tmp_path)
+    ranks = [c for c in psutil.Process(p.pid).children(recursive=True) if c.environ().get('RANK') == who]
+    time.sleep(random.random()*.2)
+    ranks[-1].send_signal(signal.SIGTERM)
+    said = p.communicate(timeout=120)[1]
+    steps = {int(o) for o in re.findall(r'stopped after step (\d+)', said)}
+    assert len(steps) == 1 and read_checkpoint(tmp_path/'run/model.pt')['step'] in steps, said[-2000:]
 
 
 def test_a_signal_stops_all_after_one_step(pics, tmp_path):
