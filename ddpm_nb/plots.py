@@ -58,7 +58,7 @@ def plot_loss(
     ax.plot(step, loss, alpha=.25, c='C0')
     ax.plot(step, mean, c='C0', label=f'training, mean of {window} steps')
     ax.plot(*zip(*held or [((), ())]), 'o', c='C1', label='held out')
-    ax.set(xlabel='step', ylabel='L1 loss', ylim=(min(loss)*.9, sorted(loss)[int(len(loss)*.98)]*1.1))
+    ax.set(xlabel='step', ylabel='L1 loss', ylim=(min(loss)*.9, sorted(loss)[int(len(loss)*.98)]*1.1 or 1))
     ax.locator_params('x', integer=True)
     ax.legend()
     return fig

@@ -71,7 +71,7 @@ def run_folder(
         if (path/'model.pt').exists() and not goes_on:
             if full == Path.cwd(): refuse('save_folder', f'{str(save_folder)!r}, in which one stands, and with an earlier run in it', 'another folder, or resume')
             aside = next(p for i in range(1, 10**6) if not (p := path.with_name(f'{path.name}.{i}')).exists())
-            with only_run(path): pass
+            with only_run(path): pass # no other run is in it; a folder with an open file cannot be renamed on Windows
             path.rename(aside)
             print(f'{path} holds an earlier run, which is now in {aside}')
         path.mkdir(parents=True, exist_ok=True)
@@ -199,7 +199,7 @@ def train_diffusion(
     device, model = join_processes(device), new_model(config)
     ckpt = earlier_run(config, model) if resume else start_from(config, model) if load_path is not None else None
     net = get_network(network) if fid else None
-    if compile: check_compile(device)
+    if compile: check_compile(device, mode='reduce-overhead')
     if ckpt and ckpt['step'] >= total: refuse('train_steps', f"{total} with a model of {ckpt['step']} steps", f"more than {ckpt['step']}")
     dls = image_dls(builtin_faces(data_class) if data_path is None else data_path, image_size, batch_size, data_class,
                     epoch_size=every*2*batch_size, on_bad=on_bad, device=device, progress=True)
