@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BadInput', 'Stopped', 'refuse', 'check_int', 'check_float', 'check_path', 'bar']
 
-# %% ../../nbs/kit/checks.ipynb #chk00005
+# %% ../../nbs/kit/checks.ipynb #8e6d76a9
 import os, warnings
 from pathlib import Path
 from typing import NoReturn
@@ -13,25 +13,25 @@ from typing import NoReturn
 import numpy as np
 from tqdm import tqdm
 
-# %% ../../nbs/kit/checks.ipynb #chk00008
+# %% ../../nbs/kit/checks.ipynb #54839a4c
 class BadInput(ValueError):
     "Input that is refused, with a message of one line"
     def __init__(self, line): super().__init__(line); self.line = line
     def __str__(self): return self.line # fastai writes the name of a callback into `args` on the way
 
-# %% ../../nbs/kit/checks.ipynb #chk00009
+# %% ../../nbs/kit/checks.ipynb #c89e2b9d
 class Stopped(KeyboardInterrupt):
     "A run that was asked to stop and has saved itself; `code` is what a command exits with"
     def __init__(self, line, code): super().__init__(line); self.code = code
 
-# %% ../../nbs/kit/checks.ipynb #chk00010
+# %% ../../nbs/kit/checks.ipynb #ee222d5e
 def refuse(
     line:str, # One sentence: which argument or file, what is wrong, what to do
 )->NoReturn:
     "Raise `BadInput`, with line breaks and repeated spaces taken out of the sentence"
     raise BadInput(' '.join(str(line).split()))
 
-# %% ../../nbs/kit/checks.ipynb #chk00013
+# %% ../../nbs/kit/checks.ipynb #43d03e8c
 def check_int(
     what:str, # Name of the argument
     v, # Its value
@@ -40,10 +40,11 @@ def check_int(
 )->int: # The value as an `int`
     "Refuse a `v` that isn't a whole number from `lo` to `hi`"
     ok = isinstance(v, (int, np.integer)) and not isinstance(v, bool) and v >= lo and (hi is None or v <= hi)
-    if not ok: refuse(f"{what} must be a whole number {f'of at least {lo}' if hi is None else f'from {lo} to {hi}'}, but is {v!r}")
+    allowed = f'of at least {lo}' if hi is None else f'from {lo} to {hi}'
+    if not ok: refuse(f'{what} must be a whole number {allowed}, but is {v!r}')
     return int(v)
 
-# %% ../../nbs/kit/checks.ipynb #chk00014
+# %% ../../nbs/kit/checks.ipynb #71b5cd7a
 def check_float(
     what:str, # Name of the argument
     v, # Its value
@@ -57,7 +58,7 @@ def check_float(
     if not ok: refuse(f"{what} must be a number {'above' if above else 'of at least'} {lo:g}{most}, but is {v!r}")
     return float(v)
 
-# %% ../../nbs/kit/checks.ipynb #chk00015
+# %% ../../nbs/kit/checks.ipynb #7c3b7156
 def check_path(
     what:str, # Name of the argument
     v, # Its value
@@ -68,7 +69,7 @@ def check_path(
     except RuntimeError: pass # no such home
     refuse(f'{what} must be a path, but is {v!r}')
 
-# %% ../../nbs/kit/checks.ipynb #chk00018
+# %% ../../nbs/kit/checks.ipynb #6867ea7b
 def bar(
     it=None, # What to go through; nothing, if you count with `update`
     show:bool=True, # Show a bar?
@@ -76,7 +77,8 @@ def bar(
     **kwargs # For tqdm, such as `desc`, or `unit='B', unit_scale=True`
 )->tqdm: # `it` with a bar, on the error stream
     "tqdm's progress bar, drawn four times a second at most"
-    return tqdm(it, total=total, disable=not show, mininterval=.25, **kwargs)
+    first = os.environ.get('RANK', '0') == '0' # of several processes
+    return tqdm(it, total=total, disable=not (show and first), mininterval=.25, **kwargs)
 
-# %% ../../nbs/kit/checks.ipynb #chk00021
+# %% ../../nbs/kit/checks.ipynb #446e8ffa
 warnings.filterwarnings('ignore', r'`torch\.jit\.\w+` is deprecated', FutureWarning)
