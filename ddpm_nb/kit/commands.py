@@ -48,8 +48,9 @@ def command(
 
 # %% ../../nbs/kit/commands.ipynb #499c6101
 def ints(
-    s, # Text such as '1,2,4,8', or numbers
-)->tuple:
-    "Read whole numbers"
-    try: return tuple(int(o) for o in (s.split(',') if isinstance(s, str) else s))
-    except (TypeError, ValueError): refuse(f'unet_dim_mults must be whole numbers such as 1,2,4,8, but is {s!r}')
+    s, # Whole numbers, as a sequence or as text such as '1,2,4,8'
+)->tuple: # The numbers
+    "Whole numbers from a flag"
+    if not isinstance(s, str): return tuple(s) if isinstance(s, (tuple, list)) else (s,)
+    try: return tuple(int(o) for o in s.strip('()[] ').split(','))
+    except ValueError: refuse(f'unet_dim_mults must be whole numbers with commas, such as 1,2,4,8, but is {s!r}')

@@ -24,7 +24,8 @@ def best_device(
     gpu = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try: return torch.empty(0, device=gpu if device is None else device).device
     except (RuntimeError, AssertionError, TypeError) as e:
-        refuse(f'device must be one of this machine, such as {gpu}, but is {str(device)!r} ({str(e).splitlines()[0][:80]})')
+        why = str(e).splitlines()[0][:80]
+        refuse(f'device must be one of this machine, such as {gpu}, but is {str(device)!r} ({why})')
 
 # %% ../../nbs/kit/processes.ipynb #4a4cd683
 def seed_everything(
@@ -78,13 +79,13 @@ def join_processes(
     n = os.environ.get('WORLD_SIZE', '1')
     if n == '1': return best_device(device)
     if 'RANK' not in os.environ or not n.isdigit():
-        refuse(f'WORLD_SIZE is {n}, but no launcher has set RANK: start several processes by torchrun or accelerate launch')
+        refuse(f'WORLD_SIZE is {n}, but RANK is not set: start several processes by torchrun or accelerate launch')
     try: from accelerate import PartialState
-    except ImportError: refuse("several processes need Accelerate, which isn't installed: pip install 'ddpm_nb[processes]'")
+    except ImportError: refuse("several processes need Accelerate: pip install 'ddpm_nb[processes]'")
     named = 'cuda' if device is None else best_device(device).type
     state = PartialState(cpu=named == 'cpu' or not torch.cuda.is_available())
     if rank(): sys.stdout = open(os.devnull, 'w')
-    return state.device
+    return best_device(state.device)
 
 # %% ../../nbs/kit/processes.ipynb #6018aa03
 def in_shares(
