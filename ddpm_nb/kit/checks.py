@@ -19,16 +19,13 @@ class BadInput(ValueError):
     def __init__(self, line): super().__init__(line); self.line = line
     def __str__(self): return self.line # fastai writes the name of a callback into `args` on the way
 
-# %% ../../nbs/kit/checks.ipynb #c89e2b9d
 class Stopped(KeyboardInterrupt):
     "A run that was asked to stop and has saved itself; `code` is what a command exits with"
     def __init__(self, line, code): super().__init__(line); self.code = code
 
 # %% ../../nbs/kit/checks.ipynb #ee222d5e
-def refuse(
-    line:str, # One sentence: which argument or file, what is wrong, what to do
-)->NoReturn:
-    "Raise `BadInput`, with line breaks and repeated spaces taken out of the sentence"
+def refuse(line:str)->NoReturn:
+    "Raise `BadInput` with one sentence: which argument or file, what is wrong, what to do"
     raise BadInput(' '.join(str(line).split()))
 
 # %% ../../nbs/kit/checks.ipynb #43d03e8c
@@ -44,7 +41,6 @@ def check_int(
     if not ok: refuse(f'{what} must be a whole number {allowed}, but is {v!r}')
     return int(v)
 
-# %% ../../nbs/kit/checks.ipynb #71b5cd7a
 def check_float(
     what:str, # Name of the argument
     v, # Its value
@@ -58,12 +54,8 @@ def check_float(
     if not ok: refuse(f"{what} must be a number {'above' if above else 'of at least'} {lo:g}{most}, but is {v!r}")
     return float(v)
 
-# %% ../../nbs/kit/checks.ipynb #7c3b7156
-def check_path(
-    what:str, # Name of the argument
-    v, # Its value
-)->Path: # The path, with `~` replaced by the home folder
-    "Refuse a `v` that can't be a path"
+def check_path(what:str, v)->Path:
+    "Refuse a value `v` of the argument `what` that can't be a path, and put the home folder in place of `~`"
     try:
         if isinstance(v, (str, os.PathLike)) and str(v) and '\0' not in str(v): return Path(v).expanduser()
     except RuntimeError: pass # no such home

@@ -14,6 +14,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NoReturn
 
+from .checks import *
+
 import torch
 from huggingface_hub import HfApi, hf_hub_download
 from safetensors import SafetensorError
@@ -23,7 +25,6 @@ from torch import nn, Tensor
 from ..schedule import SCHEDULES
 from ..unet import Unet
 from ..diffusion import Diffusion
-from .checks import *
 from .processes import *
 
 # %% ../../nbs/kit/files.ipynb #de0279c1
