@@ -74,3 +74,4 @@ def bar(
 
 # %% ../../nbs/kit/checks.ipynb #446e8ffa
 warnings.filterwarnings('ignore', r'`torch\.jit\.\w+` is deprecated', FutureWarning)
+warnings.filterwarnings('ignore', 'IProgress not found')

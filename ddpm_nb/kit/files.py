@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CannotWrite', 'to_disk', 'complete', 'write_csv', 'check_model', 'config_of', 'damage', 'save_diffusion',
-           'not_finite', 'read_checkpoint', 'check_weights', 'same_tensors', 'load_weights', 'build', 'load_diffusion',
+           'not_finite', 'read_checkpoint', 'check_weights', 'load_weights', 'build', 'load_diffusion',
            'save_pretrained', 'push_to_hub', 'read_pretrained']
 
 # %% ../../nbs/kit/files.ipynb #65125b9f
@@ -14,10 +14,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NoReturn
 
-from .checks import *
+from .checks import * # before the Hub's client, for the warnings that it keeps off the screen
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, ModelCardData, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save as to_safetensors
 from torch import nn, Tensor
@@ -26,21 +26,18 @@ from ..schedule import SCHEDULES
 from ..unet import Unet
 from ..diffusion import Diffusion
 from .processes import *
+from .fast import fast
 
 # %% ../../nbs/kit/files.ipynb #de0279c1
 class CannotWrite(BadInput):
     "A file that couldn't be written; what was there before is still there"
 
-# %% ../../nbs/kit/files.ipynb #5ca3e2a0
-def to_disk(
-    path, # A file or a folder
-):
-    "Force what the operating system still holds of `path` onto the disk (POSIX's fsync)"
+def to_disk(path):
+    "Force what the operating system still holds of a file or folder onto the disk (POSIX's fsync)"
     fd = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR) # Windows asks for the right to write
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../../nbs/kit/files.ipynb #f0c567ef
 @contextmanager
 def complete(
     path, # File to write
@@ -59,13 +56,8 @@ def complete(
         try: tmp.unlink(missing_ok=True)
         except OSError: pass
 
-# %% ../../nbs/kit/files.ipynb #f80b2385
-def write_csv(
-    path, # Where to
-    head, # Names of the columns
-    rows, # Rows of values
-):
-    "Write a table, complete or not at all; only the first process does"
+def write_csv(path, head, rows):
+    "Write a table, its head and rows of values, complete or not at all; only the first process does"
     if rank(): return
     with complete(path) as tmp, tmp.open('w', newline='') as f: csv.writer(f).writerows([head, *rows])
 
@@ -110,11 +102,8 @@ def config_of(
     return dict(image_size=d.image_size, channels=d.channels, timesteps=d.num_timesteps, schedule=d.schedule_name,
                 unet=net.config)
 
-# %% ../../nbs/kit/files.ipynb #1f467f39
-def damage(
-    path, # A file that `torch.save` wrote
-)->str: # What is wrong with it, or ''
-    "Whether the file is whole: each tensor has its checksum, and none is packed"
+def damage(path)->str:
+    "What is wrong with a file of `torch.save`, or '': each tensor must have its checksum, and none be packed"
     wrong = (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
     try:
         with zipfile.ZipFile(path) as z:
@@ -123,7 +112,6 @@ def damage(
     except wrong as e: return type(e).__name__
     return f'the checksum of {bad} is wrong' if bad else ''
 
-# %% ../../nbs/kit/files.ipynb #d624e15e
 def save_diffusion(
     diffusion:Diffusion, # The model
     path, # File to write, by custom `model.pt`
@@ -143,15 +131,11 @@ def save_diffusion(
         if d := damage(tmp): raise OSError(f'what was written is damaged: {d}')
 
 # %% ../../nbs/kit/files.ipynb #7d8fae7b
-def not_finite(
-    o, # Tensors in nested dictionaries, or anything else
-    name:str='', # What it is called
-)->list: # Names
-    "The names of tensors with a NaN or an infinity in them"
+def not_finite(o, name='')->list:
+    "The names of tensors with a NaN or an infinity in them, in nested dictionaries `o`"
     if isinstance(o, dict): return [n for k,v in o.items() for n in not_finite(v, f'{name}.{k}' if name else str(k))]
     return [name] if isinstance(o, Tensor) and o.is_floating_point() and not o.isfinite().all() else []
 
-# %% ../../nbs/kit/files.ipynb #48efbabb
 def read_checkpoint(
     path, # A file that `save_diffusion` or `ddpm_train` wrote
     device='cpu', # Where its tensors go
@@ -171,52 +155,31 @@ def read_checkpoint(
     return ckpt
 
 # %% ../../nbs/kit/files.ipynb #caf3d951
-def check_weights(
-    diffusion:nn.Module, # The model they are for
-    ckpt:dict, # What `read_checkpoint` returned
-    key:str='model', # Which weights, `model` or `ema`
-    name:str='checkpoint', # What to call the file in a refusal
-):
-    "Refuse weights that are missing, too many, or of other shapes"
+def check_weights(diffusion, ckpt:dict, key='model', name='checkpoint'):
+    "Refuse weights `ckpt[key]` of the file `name` that are missing, too many, or of other shapes"
     if key not in ckpt: refuse(f'{name} has no weights named {key}')
     def kind(v): return (v.shape, v.dtype, v.layout) if isinstance(v, Tensor) else type(v)
     mine, theirs = ({k: kind(v) for k,v in o.items()} for o in (diffusion.state_dict(), ckpt[key]))
-    same_tensors(mine, theirs, name)
-
-def same_tensors(mine, theirs, name):
-    "Refuse where two dictionaries differ"
     diff = sorted(str(k) for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
     if diff: refuse(f'{name} is of another configuration: {len(diff)} tensors do not fit, such as {diff[0]}')
 
-# %% ../../nbs/kit/files.ipynb #d318f466
-def load_weights(
-    diffusion:Diffusion, # The model to fill
-    ckpt:dict, # What `read_checkpoint` returned
-    key:str='model', # Which weights, `model` or `ema`
-    name:str='checkpoint', # What to call the file in a refusal
-):
-    "Fill `diffusion` with the weights of a checkpoint, all of them or none"
+def load_weights(diffusion, ckpt:dict, key='model', name='checkpoint'):
+    "Fill `diffusion` with the weights `ckpt[key]` of the file `name`, all of them or none"
     check_weights(diffusion, ckpt, key, name)
     diffusion.load_state_dict(ckpt[key])
 
 # %% ../../nbs/kit/files.ipynb #74948817
-def build(
-    config:dict, # A checkpoint's configuration
-    weights:dict, # Its tensors by name
-    path, # Its file
-)->Diffusion: # With these weights
-    "The model that a configuration describes, if the weights are of its size"
+def build(config:dict, weights:dict, path)->Diffusion:
+    "The model that the configuration of a file describes, with the file's weights"
     try:
         unet, rest = config['unet'], {k: v for k,v in config.items() if k != 'unet'}
         if unet.get('channels', 3) != rest['channels']: raise ValueError('two numbers of channels')
         check_model(**unet | rest)
-        with torch.device('meta'): shapes = {f'model.{k}': v.shape for k,v in Unet(**unet).state_dict().items()}
-        shapes['schedule.alphas'] = (rest['timesteps'],)
+        with torch.device('meta'): d = Diffusion(Unet(**unet), **rest)
     except (TypeError, KeyError, AttributeError, ValueError, RuntimeError, OverflowError) as e:
         refuse(f'{path} has a configuration that makes no model: {e}')
-    same_tensors(shapes, {k: getattr(weights.get(k), 'shape', None) for k in shapes}, path)
-    d = Diffusion(Unet(**unet), **rest)
-    load_weights(d, dict(model=weights), name=str(path))
+    check_weights(d, dict(model=weights), name=path)
+    d.to_empty(device='cpu').load_state_dict(weights)
     return d
 
 # %% ../../nbs/kit/files.ipynb #eef85824
@@ -235,7 +198,6 @@ def load_diffusion(
         ckpt = read_checkpoint(path)
         config, weights = ckpt['config'], ckpt['ema' if ema and 'ema' in ckpt else 'model']
     d = build(config, weights, path).to(device).eval()
-    from ddpm_nb.kit.fast import fast
     fast(d.model)
     return d
 
@@ -247,16 +209,9 @@ def on_hub(path):
     return re.fullmatch(r'[\w.-]+/[\w.-]+(?<!\.pt)', path.as_posix()) and not path.exists() and not path.parent.is_dir()
 
 # %% ../../nbs/kit/files.ipynb #79d2df55
-CARD = """---
-library_name: ddpm_nb
-license: apache-2.0
-pipeline_tag: unconditional-image-generation
-tags:
-- ddpm
-- diffusion
----
-
-# {name}
+HEAD = ModelCardData(library_name='ddpm_nb', license='apache-2.0', tags=['ddpm', 'diffusion'],
+                     pipeline_tag='unconditional-image-generation')
+CARD = """# {name}
 
 A denoising diffusion model with a U-Net, trained by predicting noise: {size}×{size} pixels, {steps} steps.
 
@@ -271,8 +226,8 @@ images = d.sample(16) # in [0, 1], shape (16, {channels}, {size}, {size})
 def save_pretrained(
     diffusion:Diffusion, # The model
     folder, # Where to; made if it isn't there
-    card:str=None, # Text of the model card, README.md; by default a short one, where there is none
-    name:str=None, # What the model is called in that card; the folder's name by default
+    card:str=None, # Text of the model card, README.md; by default, if there is none, a short one
+    name:str=None, # What the short card calls the model; the folder's name by default
 ):
     "Write `model.safetensors`, `config.json` and `README.md`, each complete or not at all"
     d, folder, config = diffusion, check_path('folder', folder), config_of(diffusion)
@@ -283,9 +238,8 @@ def save_pretrained(
     with complete(folder/'config.json') as f: f.write_text(json.dumps(config, indent=2))
     if card is None and (folder/'README.md').exists(): return
     short = CARD.format(name=name or folder.name, size=d.image_size, steps=d.num_timesteps, channels=d.channels)
-    with complete(folder/'README.md') as f: f.write_text(card or short, encoding='utf-8')
+    with complete(folder/'README.md') as f: f.write_text(card or f'---\n{HEAD}\n---\n\n{short}', encoding='utf-8')
 
-# %% ../../nbs/kit/files.ipynb #51dce397
 def push_to_hub(
     diffusion:Diffusion, # The model
     repo_id:str, # Name of the repository, 'owner/name'; made if it isn't there
@@ -302,19 +256,13 @@ def push_to_hub(
         return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
 
 # %% ../../nbs/kit/files.ipynb #fbefccba
-def read_pretrained(
-    path, # A folder, or the name of a repository on the Hub
-    **kwargs # For `hf_hub_download`
-)->tuple[dict, dict]: # Configuration, and tensors by name in float32
-    "Read what `save_pretrained` wrote and make sure that it is that"
-    def find(file):
-        if path.is_dir(): o = path/file
-        else:
-            try: o = Path(hf_hub_download(path.as_posix(), file, **kwargs))
-            except (OSError, ValueError) as e:
-                refuse(f'{path} is neither here nor on the Hub, as far as it can be reached ({type(e).__name__})')
-        return o if o.is_file() else refuse(f'{path} holds no model: neither model.pt nor {file} is in it')
-    conf, file = find('config.json'), find('model.safetensors')
+def read_pretrained(path:Path, **kwargs)->tuple[dict, dict]:
+    "The configuration and weights (in float32) that `save_pretrained` left in a folder, or `push_to_hub` on the Hub"
+    both = 'config.json', 'model.safetensors'
+    try: conf, file = (path/o if path.is_dir() else Path(hf_hub_download(path.as_posix(), o, **kwargs)) for o in both)
+    except (OSError, ValueError) as e:
+        refuse(f'{path} is neither here nor on the Hub, as far as it can be reached ({type(e).__name__})')
+    if not file.is_file(): refuse(f'{path} holds no model: neither model.pt nor model.safetensors')
     try: config = json.loads(conf.read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError) as e: refuse(f'{conf} is no JSON, or damaged ({type(e).__name__})')
     try: weights = {k: v.float() if v.is_floating_point() else v for k,v in load_file(file).items()}

@@ -28,20 +28,16 @@ def best_device(
         refuse(f'device must be one of this machine, such as {gpu}, but is {str(device)!r} ({why})')
 
 # %% ../../nbs/kit/processes.ipynb #4a4cd683
-def seed_everything(
-    seed:int=2024, # From 0 to 2³²-1
-):
-    "Seed Python's, NumPy's and PyTorch's generators"
+def seed_everything(seed:int=2024):
+    "Seed Python's, NumPy's and PyTorch's generators, with a number from 0 to 2³²-1"
     check_int('seed', seed, 0, 2**32-1)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 # %% ../../nbs/kit/processes.ipynb #c5f6428a
-def random_states(
-    device='cpu', # Where the model is; a GPU's generator is saved as well
-)->dict: # By library, plain values and tensors
-    "The states of Python's, NumPy's and PyTorch's generators"
+def random_states(device='cpu')->dict:
+    "The states of Python's, NumPy's and PyTorch's generators, and of the GPU's if the model is on one"
     (kind, keys, *rest), device = np.random.get_state(), torch.device(device)
     numpy = (kind, torch.tensor(keys, dtype=torch.int64), *rest)
     s = dict(python=random.getstate(), numpy=numpy, torch=torch.get_rng_state())
@@ -49,12 +45,8 @@ def random_states(
     if device.type == 'mps': s['gpu'] = torch.mps.get_rng_state()
     return s
 
-# %% ../../nbs/kit/processes.ipynb #f0459066
-def set_random_states(
-    states:dict, # What `random_states` returned
-    device='cpu', # Where the model is
-):
-    "Put the generators back"
+def set_random_states(states:dict, device='cpu'):
+    "Put the generators back into what `random_states` returned"
     (kind, keys, *rest), device = states['numpy'], torch.device(device)
     random.setstate(states['python'])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
@@ -88,38 +80,29 @@ def join_processes(
     return best_device(state.device)
 
 # %% ../../nbs/kit/processes.ipynb #6018aa03
-def in_shares(
-    f, # Takes batches of equal length, and returns a tensor of that length
-    *xs:Tensor, # The whole batches, the same in every process
-)->Tensor: # What `f` returns for the whole batches, the same in every process
-    "Each process evaluates `f` on its share; all get the whole"
+def in_shares(f, *xs:Tensor)->Tensor:
+    "`f(*xs)`, for batches `xs` that all processes have: each evaluates `f` on its share, and all get the whole"
     if world() == 1: return f(*xs)
     from accelerate.utils import gather
     n, i = len(xs[0]), my_share(len(xs[0]))
     return gather(f(*(x[i] for x in xs)))[:n]
 
 # %% ../../nbs/kit/processes.ipynb #3b2b4864
-def my_share(
-    n:int, # Size of a batch
-)->list: # Indices, as many for each process
-    "Which of a batch this process takes"
+def my_share(n:int)->list:
+    "Which of a batch of `n` this process takes: indices, as many for each process"
     size = -(-n//world())
     return [i % n for i in range(rank()*size, (rank() + 1)*size)]
 
 # %% ../../nbs/kit/processes.ipynb #0eb78cda
-def shared(
-    diffusion, # A `Diffusion`, the same in every process
-): # The same `diffusion`
-    "Let each process evaluate its share of `diffusion.denoise`"
+def shared(diffusion):
+    "The same `diffusion`, each process evaluating its share of `denoise`"
     def denoise(self, x, t): return in_shares(lambda x, t: type(self).denoise(self, x, t), x, t)
     if world() > 1: diffusion.denoise = MethodType(denoise, diffusion)
     return diffusion
 
 # %% ../../nbs/kit/processes.ipynb #2fb9cc1e
-def everywhere(
-    yes:bool, # Is it so here?
-)->bool: # Is it so in every process?
-    "Ask all processes"
+def everywhere(yes:bool)->bool:
+    "Is it so in every process?"
     if world() == 1: return yes
     from accelerate.utils import gather_object
     return all(gather_object([yes]))
