@@ -175,11 +175,15 @@ def build(config:dict, weights:dict, path)->Diffusion:
         unet, rest = config['unet'], {k: v for k,v in config.items() if k != 'unet'}
         if unet.get('channels', 3) != rest['channels']: raise ValueError('two numbers of channels')
         check_model(**unet | rest)
-        with torch.device('meta'): d = Diffusion(Unet(**unet), **rest)
+        if getattr(weights.get('schedule.alphas'), 'shape', None) != (rest['timesteps'],):
+            raise ValueError(f"its weights are not for {rest['timesteps']} timesteps")
+        with torch.device('meta'): net = Unet(**unet)
     except (TypeError, KeyError, AttributeError, ValueError, RuntimeError, OverflowError) as e:
         refuse(f'{path} has a configuration that makes no model: {e}')
+    d = Diffusion(net, **rest)
     check_weights(d, dict(model=weights), name=path)
-    d.to_empty(device='cpu').load_state_dict(weights)
+    d.model = Unet(**unet)
+    d.load_state_dict(weights)
     return d
 
 # %% ../../nbs/kit/files.ipynb #eef85824
