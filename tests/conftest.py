@@ -5,7 +5,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1') # two workers, two cores
 
 import pytest
 
-from ddpm_nb.faces import write_faces
+from ddpm_nb.kit.faces import write_faces
 
 TINY = '--image_size 16 --batch_size 8 --unet_dim 8 --unet_dim_mults 1,2 --time_steps 5 --n_samples 4 --device cpu'.split()
 

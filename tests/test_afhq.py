@@ -1,13 +1,14 @@
 "The AFHQ download against a hostile server on 127.0.0.1"
-import io, socket, stat, struct, sys, threading, zipfile
+import io, re, socket, stat, struct, threading, zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 import pytest
 from PIL import Image
-from ddpm_nb import afhq
-from ddpm_nb.afhq import Corrupt, download, get_afhq, safe_extract
-from ddpm_nb.core import BadInput
+from ddpm_nb.kit import afhq
+from ddpm_nb.kit.afhq import Corrupt, download, get_afhq, safe_extract
+from ddpm_nb.kit.checks import BadInput
+from ddpm_nb.kit.data import EXTS
 
 FAST = dict(timeout=.8, retries=2, pause=.01)
 
@@ -57,10 +58,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send(206, d[a:], Content_Range=f'bytes {a}-{len(d)-1}/{len(d)}', **h)
 
     def good(self, d, a, k): self.part(d, a, ETag='"one"')
-    def breaks(self, d, a, k): self.send(200, d[:1000], len(d), ETag='"one"') if not k else self.part(d, a, ETag='"one"')
-    def always_breaks(self, d, a, k): self.send(206 if a else 200, d[a:a+100], len(d)-a, Content_Range=f'bytes {a}-{len(d)-1}/{len(d)}')
+    def breaks(self, d, a, k):
+        self.send(200, d[:1000], len(d), ETag='"one"') if not k else self.part(d, a, ETag='"one"')
+    def always_breaks(self, d, a, k):
+        self.send(206 if a else 200, d[a:a+100], len(d)-a, Content_Range=f'bytes {a}-{len(d)-1}/{len(d)}')
     def no_range(self, d, a, k): self.send(200, d[:1000] if not k else d, len(d))
-    def says_too_much(self, d, a, k): self.send(200, d, len(d)+500) if not a else self.send(416, b'', Content_Range=f'bytes */{len(d)}')
+    def says_too_much(self, d, a, k):
+        self.send(200, d, len(d)+500) if not a else self.send(416, b'', Content_Range=f'bytes */{len(d)}')
     def says_too_little(self, d, a, k): self.send(200, d, len(d)-500)
     def endless(self, d, a, k): # chunked: no length, never ends
         self.protocol_version = 'HTTP/1.1'
@@ -68,8 +72,10 @@ class Handler(BaseHTTPRequestHandler):
         while True: self.wfile.write(b'%x\r\n' % len(d) + d + b'\r\n')
     def absurd(self, d, a, k): self.send(200, d, '9'*5000)
     def silent_length(self, d, a, k): self.send(200, d, 'none')
-    def contradicts(self, d, a, k): self.send(200, d[:1000], len(d)) if not a else self.send(206, d[a:], Content_Range=f'bytes {a}-9/5')
-    def wrong_place(self, d, a, k): self.send(200, d[:1000], len(d)) if not k else self.part(d, a//2) if k==1 else self.part(d, 0)
+    def contradicts(self, d, a, k):
+        self.send(200, d[:1000], len(d)) if not a else self.send(206, d[a:], Content_Range=f'bytes {a}-9/5')
+    def wrong_place(self, d, a, k):
+        self.send(200, d[:1000], len(d)) if not k else self.part(d, a//2 if k == 1 else 0)
     def changes(self, d, a, k): # the second version is sent from its start, for If-Range fails
         if not k: self.send(200, d[:1000], len(d), ETag='"one"')
         else: self.part(self.server.data2, 0 if self.headers.get('If-Range') != '"two"' else a, ETag='"two"')
@@ -119,10 +125,12 @@ def refused(f, *args, says='', cls=BadInput, **kw):
     m = str(e.value)
     assert m and '\n' not in m and '\r' not in m and len(m) < 600
     assert says in m, m
-    assert 'allowed:' in m
+    assert re.search(r'\. [A-Z]| must ', m), m # says what to do
     return m
 
-def whole(root, top=''): assert len(list(Path(root).rglob('*.jpg'))) == 12 and (Path(root)/'train'/'cat'/'cat_0.jpg').read_bytes()[:2] == b'\xff\xd8'
+def whole(root):
+    assert len(list(Path(root).rglob('*.jpg'))) == 12
+    assert (Path(root)/'train'/'cat'/'cat_0.jpg').read_bytes()[:2] == b'\xff\xd8'
 
 # The download
 
@@ -130,7 +138,7 @@ def get(server, home, mode, **kw):
     server.mode = mode
     return download(server.url, home/'a.zip', **{**FAST, **kw})
 
-@pytest.mark.parametrize('mode', ['good', 'breaks', 'no_range', 'weak', 'e500_once', 'stalls_once', 'moved', 'wrong_place'])
+@pytest.mark.parametrize('mode', 'good breaks no_range weak e500_once stalls_once moved wrong_place'.split())
 def test_download_arrives(server, home, mode):
     assert get(server, home, mode).read_bytes() == GOOD
     assert names(home) == ['a.zip']
@@ -145,7 +153,7 @@ def test_weak_etag_is_not_sent(server, home):
 
 def test_resume_in_a_later_session(server, home):
     m = refused(get, server, home, 'breaks', retries=0, says='1000 bytes kept')
-    assert 'run the same again' in m and names(home) == ['a.zip.part', 'a.zip.part.json']
+    assert 'Run the same again' in m and names(home) == ['a.zip.part', 'a.zip.part.json']
     assert get(server, home, 'breaks').read_bytes() == GOOD
     assert server.seen == [None, 'bytes=1000-']
 
@@ -173,14 +181,16 @@ def test_tries_are_bounded_and_keep_what_came(server, home):
     refused(get, server, home, 'always_breaks', says='300 bytes kept')
     assert server.seen == [None, 'bytes=100-', 'bytes=200-']
 
-@pytest.mark.parametrize('mode,says,tries', [('e500','500',3), ('e404','404',1), ('html','web page',1), ('stalls','1000 bytes kept',3),
-    ('drops','kept',3), ('silent_length','no size',1), ('absurd','no size',1), ('contradicts','contradicts',2), ('moved_to_file','302',1), ('says_too_little','not a whole zip',1)])
+@pytest.mark.parametrize('mode,says,tries', [
+    ('e500','500',3), ('e404','404',1), ('html','web page',1), ('drops','kept',3), ('stalls','1000 bytes kept',3),
+    ('silent_length','not say the size',1), ('absurd','not say the size',1),
+    ('contradicts','contradicts',2), ('moved_to_file','302',1), ('says_too_little','not a whole zip',1)])
 def test_download_refused(server, home, mode, says, tries):
     refused(get, server, home, mode, says=says)
     assert not (home/'a.zip').exists() and len(server.seen) == tries
 
 def test_says_too_much(server, home): # never ends up under its name
-    refused(get, server, home, 'says_too_much', says='run the same again')
+    refused(get, server, home, 'says_too_much', says='Run the same again')
     assert not (home/'a.zip').exists()
 
 def test_says_too_little_writes_no_more(server, home):
@@ -200,7 +210,9 @@ def test_other_size_refused(server, home):
     refused(get, server, home, 'good', size=7, says='7 bytes')
     assert names(home) == []
 
-@pytest.mark.parametrize('url', ['file:///etc/passwd', 'ftp://x/y', 'x', '', 'http://a b', 'http://\n', 'http://é', 'http://..', 'http://127.0.0.1:x/'])
+@pytest.mark.parametrize('url', [
+    'file:///etc/passwd', 'ftp://x/y', 'x', '', 'http://a b', 'http://\n', 'http://é', 'http://..',
+    'http://127.0.0.1:x/'])
 def test_odd_addresses(home, url):
     refused(download, url, home/'a.zip', retries=0, pause=0)
     assert names(home) == []
@@ -209,7 +221,7 @@ def test_nobody_there(home): refused(download, 'http://127.0.0.1:1/a', home/'a.z
 
 def test_full_disk_before(server, home, monkeypatch):
     monkeypatch.setattr(afhq.shutil, 'disk_usage', lambda p: SimpleNamespace(free=10))
-    refused(get, server, home, 'good', says='free disk')
+    refused(get, server, home, 'good', says='Make room')
     assert names(home) == []
 
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='needs /dev/full')
@@ -218,13 +230,12 @@ def test_full_disk_meanwhile(server, home):
     refused(get, server, home, 'good', says='No space left')
     assert len(server.seen) == 1
 
-def test_progress(server, home, capsys, monkeypatch):
-    get(server, home, 'good')
-    assert '100%' in capsys.readouterr().err
-    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+def test_progress(server, home, capsys):
     get(server, home, 'good')
     err = capsys.readouterr().err
-    assert err.startswith('\r') and 'MB/s' in err and err.endswith('\n')
+    assert 'download: 100%' in err and 'B/s' in err
+    get(server, home, 'good', progress=False)
+    assert capsys.readouterr().err == ''
 
 # The unpacking
 
@@ -244,14 +255,17 @@ def raw(name): # a name that ZipInfo would tidy up on some systems
     i.filename = name
     return i
 
-EVIL = {'dotdot':'../evil.jpg', 'deep':'train/../../evil.jpg', 'absolute':'/evil.jpg', 'drive':'C:evil.jpg', 'drive2':'c:/evil.jpg',
-    'backslash':'..\\evil.jpg', 'backslash2':'train\\cat\\e.jpg', 'unc':'//host/e.jpg', 'not_image':'../evil.sh', 'folder':'../evil/'}
-ODD = {'reserved':'train/con.jpg', 'reserved2':'aux/a.jpg', 'colon':'train/a:b.jpg', 'newline':'train/a\nb.jpg', 'dot_end':'train./a.jpg',
+EVIL = {'dotdot':'../evil.jpg', 'deep':'train/../../evil.jpg', 'absolute':'/evil.jpg', 'drive':'C:evil.jpg',
+    'drive2':'c:/evil.jpg', 'backslash':'..\\evil.jpg', 'backslash2':'train\\cat\\e.jpg', 'unc':'//host/e.jpg',
+    'not_image':'../evil.sh', 'folder':'../evil/'}
+ODD = {'reserved':'train/con.jpg', 'reserved2':'aux/a.jpg', 'colon':'train/a:b.jpg', 'newline':'train/a\nb.jpg',
+    'dot_end':'train./a.jpg',
     'double':'train//a.jpg', 'dot':'train/./a.jpg', 'case':'train/cat/CAT_0.jpg', 'case_folder':'Train/cat/x.jpg',
     'file_as_folder':'train/cat/cat_0.jpg/x.jpg', 'folder_as_file.jpg':'a.jpg/x.jpg'}
 
 def zips():
-    for k,n in (EVIL|ODD).items(): yield k, make_zip([(raw(n), jpeg())] + ([('a.jpg', b'')] if 'folder_as' in k else []))
+    for k,n in (EVIL|ODD).items():
+        yield k, make_zip([(raw(n), jpeg())] + ([('a.jpg', b'')] if 'folder_as' in k else []))
     yield 'nfc', make_zip([('e\u0301.jpg', b''), ('\u00e9.jpg', b'')])
     yield 'symlink', make_zip([(info('train/cat/l.jpg', stat.S_IFLNK|0o777), '/etc/passwd')])
     yield 'symlink_folder', make_zip([(info('evil', stat.S_IFLNK|0o777), '/tmp'), ('evil/x.jpg', jpeg())])
@@ -295,7 +309,7 @@ def damaged():
 
 @pytest.mark.parametrize('name,data', [pytest.param(n, d, id=n) for n,d in damaged()])
 def test_damaged_zip_leaves_nothing(home, name, data):
-    refused(safe_extract, put(home, data), home/'out', cls=Corrupt, says='get it again')
+    refused(safe_extract, put(home, data), home/'out', cls=Corrupt, says='Get it again')
     assert names(home) == ['a.zip']
 
 def test_any_flipped_byte_is_refused_or_harmless(home):
@@ -308,7 +322,8 @@ def test_any_flipped_byte_is_refused_or_harmless(home):
         assert names(home) == ['a.zip']
 
 def test_mac_and_other_files_are_skipped(home):
-    z = make_zip([('__MACOSX/train/cat/._cat_0.jpg', b'x'), ('.DS_Store', b'x'), ('train/._a.jpg', b'x'), ('README.txt', b'x'), ('train/Icon\r', b''), ('empty/', b'')])
+    z = make_zip([('__MACOSX/train/cat/._cat_0.jpg', b'x'), ('.DS_Store', b'x'), ('train/._a.jpg', b'x'),
+                  ('README.txt', b'x'), ('train/Icon\r', b''), ('empty/', b'')])
     safe_extract(put(home, z), home/'out')
     assert names(home/'out') == ['test', 'train'] and len([p for p in (home/'out').rglob('*') if p.is_file()]) == 12
 
@@ -316,20 +331,27 @@ def test_limits(home):
     p = put(home, GOOD)
     refused(safe_extract, p, home/'out', max_files=11, says='1 to 11 images')
     refused(safe_extract, p, home/'out', max_bytes=100, says='at most 100 bytes')
-    refused(safe_extract, p, home/'out', exts=('.gif',), says='0 images')
     assert names(home) == ['a.zip']
+    with zipfile.ZipFile(home/'text.zip', 'w') as z: z.writestr('a.txt', 'no picture')
+    refused(safe_extract, home/'text.zip', home/'out', says='0 images')
+    assert names(home) == ['a.zip', 'text.zip']
+
+def test_every_ending_that_the_loader_reads_is_unpacked(home):
+    with zipfile.ZipFile(home/'a.zip', 'w') as z:
+        for e in EXTS: z.writestr(f'cat/a{e}', jpeg())
+    assert names(safe_extract(home/'a.zip', home/'out')/'cat') == sorted(f'a{e}' for e in EXTS)
 
 def test_dest_may_be_empty_but_not_full(home):
     p = put(home, GOOD)
     (home/'out').mkdir()
     whole(safe_extract(p, home/'out'))
-    refused(safe_extract, p, home/'out', says='something else')
-    refused(safe_extract, p, p, says='something else')
+    refused(safe_extract, p, home/'out', says='there already')
+    refused(safe_extract, p, p, says='there already')
     whole(home/'out')
 
 def test_leftover_of_a_killed_run_is_cleared(home):
-    (home/'out.unzipping').mkdir()
-    (home/'out.unzipping'/'old.jpg').write_bytes(b'x')
+    (home/'.tmp-out').mkdir()
+    (home/'.tmp-out'/'old.jpg').write_bytes(b'x')
     assert names(safe_extract(put(home, GOOD), home/'out')) == ['test', 'train']
     assert names(home) == ['a.zip', 'out']
 
@@ -380,24 +402,25 @@ def test_get_afhq_damaged_zip_is_fetched_anew(server, home):
     whole(get_afhq(home/'afhq', server.url, **FAST))
 
 def test_get_afhq_full_disk_keeps_the_zip(server, home, monkeypatch):
-    monkeypatch.setattr(afhq, 'fill', lambda *a: afhq.refuse('disk', 'full', 'room'))
+    monkeypatch.setattr(afhq, 'fill', lambda *a: afhq.refuse('The disk is full. Make room'))
     refused(get_afhq, home/'afhq', server.url, **FAST)
     assert names(home) == ['afhq.zip']
 
 def test_get_afhq_refuses_before_downloading(server, home):
     (home/'notes.txt').write_text('mine')
-    refused(get_afhq, home, server.url, **FAST, says='something else')
+    refused(get_afhq, home, server.url, **FAST, says='there already')
     assert server.seen == [] and names(home) == ['notes.txt']
 
 @pytest.mark.parametrize('extra', [[('../evil.jpg', b'x')], [('train/x.jpg', bytes(2_000_000))]])
 def test_get_afhq_hostile(server, home, extra):
     server.data = make_zip(extra)
-    refused(get_afhq, home/'afhq', server.url, **FAST, says='do not use this zip')
+    refused(get_afhq, home/'afhq', server.url, **FAST, says='Do not use this zip')
     assert names(home) == ['afhq.zip']
 
 def test_get_afhq_other_folders(server, home):
     server.data = make_zip(val='other')
-    refused(get_afhq, home/'afhq', server.url, **FAST, says='other folders')
+    refused(get_afhq, home/'afhq', server.url, **FAST, says='not AFHQ')
     assert not (home/'afhq').exists()
 
-def test_constants(): assert afhq.AFHQ_URL.startswith('https://www.dropbox.com/') and afhq.AFHQ_URL.endswith('afhq_v2.zip?dl=1')
+def test_constants():
+    assert afhq.AFHQ_URL.startswith('https://www.dropbox.com/') and afhq.AFHQ_URL.endswith('afhq_v2.zip?dl=1')

@@ -1,18 +1,22 @@
 "Image files as they come: every mode and format, and files that are none."
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_nb.core import BadInput
-from ddpm_nb.data import Files, Images, decode, image_dls
+from ddpm_nb.kit.checks import BadInput
+from ddpm_nb.kit.data import Files, Images, UNREADABLE, decode, image_dls, to_rgb
 
 rng = np.random.RandomState(0)
 RGB = Image.fromarray(rng.randint(0, 256, (40, 40, 3), dtype=np.uint8))
 GOOD = {
-    'grey.png': RGB.convert('L'), 'one_bit.png': RGB.convert('1'), 'palette.png': RGB.convert('P'), 'rgba.png': RGB.convert('RGBA'),
-    'grey_alpha.png': RGB.convert('LA'), 'cmyk.jpg': RGB.convert('CMYK'), 'cmyk.tif': RGB.convert('CMYK'), 'float.tif': Image.fromarray(rng.rand(40, 40).astype(np.float32)*255),
-    'deep.png': Image.fromarray(rng.randint(0, 65536, (40, 40)).astype(np.uint16)), 'wide.png': RGB.resize((90, 20)), 'tall.jpg': RGB.resize((5, 200)),
-    'pixel.png': RGB.resize((1, 1)), 'web.webp': RGB, 'windows.bmp': RGB, 'UPPER.JPG': RGB,
+    'grey.png': RGB.convert('L'), 'one_bit.png': RGB.convert('1'), 'palette.png': RGB.convert('P'),
+    'rgba.png': RGB.convert('RGBA'), 'grey_alpha.png': RGB.convert('LA'), 'cmyk.jpg': RGB.convert('CMYK'),
+    'cmyk.tif': RGB.convert('CMYK'), 'float.tif': Image.fromarray(rng.rand(40, 40).astype(np.float32)*255),
+    'deep.png': Image.fromarray(rng.randint(0, 65536, (40, 40)).astype(np.uint16)), 'wide.png': RGB.resize((90, 20)),
+    'tall.jpg': RGB.resize((5, 200)), 'pixel.png': RGB.resize((1, 1)), 'web.webp': RGB, 'windows.bmp': RGB,
+    'UPPER.JPG': RGB,
 }
 
 
@@ -43,7 +47,8 @@ def test_they_train(odd):
 def test_no_image(odd, tmp_path, content):
     for i in range(3): (tmp_path/f'{i}.jpg').write_bytes((odd/'UPPER.JPG').read_bytes())
     (tmp_path/'x.jpg').write_bytes(content)
-    with pytest.raises(BadInput, match=r'1 of 4 images unreadable: x\.jpg'): Images(Files(tmp_path), Files(tmp_path).names, 35)
+    with pytest.raises(BadInput, match=r'1 of 4 images are unreadable: x\.jpg .*\. Mend them, or choose on_bad skip'):
+        Images(Files(tmp_path), Files(tmp_path).names, 35)
 
 
 @pytest.mark.parametrize('name', ['grey.png', 'UPPER.JPG', 'web.webp', 'moving.gif', 'cmyk.tif'])
@@ -63,3 +68,34 @@ def test_camera_turn_is_followed(tmp_path):
     im.save(tmp_path/'a.png', exif=exif)
     x = decode((tmp_path/'a.png').read_bytes(), 35)
     assert x[:, 2].mean() < 50 and x[:, -3].mean() > 200
+
+
+@pytest.mark.parametrize('mode', '1 L P RGB RGBA CMYK YCbCr LAB HSV LA I F'.split())
+def test_every_mode_of_pillow(mode): assert to_rgb(Image.new(mode, (4, 4))).mode == 'RGB'
+
+
+def png(im, kind='png'):
+    im.save(b := io.BytesIO(), kind)
+    return b.getvalue()
+
+
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
+def test_a_small_file_of_a_huge_picture_and_another_program_s_format():
+    huge = png(Image.new('1', (10_000, 9_000)))
+    assert len(huge) < 20_000
+    with pytest.raises(ValueError, match='10000×9000 pixels, more than 89478485'): decode(huge, 35)
+    with pytest.raises(UNREADABLE): decode(png(Image.new('1', (20_000, 20_000))), 35)
+    with pytest.raises(Image.UnidentifiedImageError): decode(png(Image.new('RGB', (8, 8)), 'eps'), 35)
+
+
+def test_the_longer_ends_are_cut_and_nothing_is_squeezed():
+    x = np.zeros((30, 90, 3), np.uint8)
+    x[:, 30:60] = 255
+    assert (decode(png(Image.fromarray(x)), 30) == 255).all()
+    assert (decode(png(Image.fromarray(x.transpose(1, 0, 2))), 30) == 255).all()
+
+
+def test_shrinking_averages():
+    board = np.indices((140, 140)).sum(0) % 2*255
+    x = decode(png(Image.fromarray(board.astype(np.uint8))), 35).astype(int)
+    assert abs(x[:, 2:-2, 2:-2] - 127.5).max() < 10

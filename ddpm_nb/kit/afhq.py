@@ -108,7 +108,7 @@ def one_try(url, part, size, timeout, room, zipped, progress):
     with r:
         start,new = told(r)
         total = new[2] = new[2] or size or refuse(f'{url} does not say the size of the file. Give it as size')
-        if size not in (None, total): refuse(f'{url} has {total} bytes instead of {size} bytes: it is another file')
+        if size not in (None, total): refuse(f'{url} must have {size} bytes, but has {total}. Check the address')
         if start and (start != have or any(a and b and a!=b for a,b in zip(new, mark))):
             drop(part)
             raise ConnectionError('the file changed on the server')
@@ -214,7 +214,7 @@ def unzipping(path):
         with zipfile.ZipFile(path) as z: yield z
     except BadInput: raise
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, RuntimeError) as e:
-        if getattr(e, 'errno', errno.EINVAL) != errno.EINVAL: refuse(f'{path} cannot be read ({e.strerror})')
+        if getattr(e, 'errno', errno.EINVAL) != errno.EINVAL: refuse(f"{path} can't be read ({e.strerror}). Give a zip")
         raise Corrupt(f'{path} is a damaged zip ({" ".join(str(e).split())[:100]}). Get it again') from None
 
 # %% ../../nbs/kit/afhq.ipynb #0540ab04
