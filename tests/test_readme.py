@@ -1,44 +1,51 @@
-"`README.md` is made from `nbs/index.ipynb`: `python tests/test_readme.py` makes it, and the test says whether it was."
+"What follows from the sidebar has been written since it changed: the index's tables, the map's last one, the README."
 import re
-from pathlib import Path
 
-import nbformat
+import pytest
 
-top = Path(__file__).parent.parent
+from pages import head, made, nbs, pages, prose, readme, sidebar, top
 
 
-def make():
-    "The text of the README: the prose of the notebook, with links that lead from the top"
-    text = '\n\n'.join(c.source for c in nbformat.read(top/'nbs'/'index.ipynb', 4).cells if c.cell_type == 'markdown')
-    return re.sub(r'\]\((?!https?:|#)', '](nbs/', text) + '\n'
+@pytest.mark.parametrize('page', ['index.ipynb', 'map.ipynb'])
+def test_tables_are_made(page):
+    assert made(page) == (nbs/page).read_text(encoding='utf-8'), 'run python tests/pages.py'
 
 
 def test_readme_is_made_from_index():
-    assert (top/'README.md').read_text() == make(), 'run python tests/test_readme.py'
+    assert (top/'README.md').read_text(encoding='utf-8') == readme(), 'run python tests/pages.py'
+
+
+def test_readme_lists_every_page_once_in_the_order_of_the_sidebar():
+    rows = re.findall(r'^\| \[(?:\d\d )?(.+?)\]\(nbs/([\w/]+\.ipynb)\) \| (.+) \|$', readme(), re.M)
+    assert [o for _,o,_ in rows] and sorted(o for _,o,_ in rows) == sorted(o for o in pages() if o != 'index.ipynb')
+    for title, page, line in rows: assert (title, line) == head(page)
+    for section in list(sidebar())[1:]:
+        assert [o for _,o,_ in rows if o in pages(section)] == pages(section)
+
+
+def test_map_goes_through_the_pages_in_the_order_of_the_sidebar():
+    last = prose('map.ipynb').split('## Page by page')[1]
+    found = re.findall(r'\]\(([\w/]+\.ipynb)\) \|', last)
+    assert len(found) > 15 and found == [o for o in pages() if o in found]
+    assert set(found) == set(re.findall(r'\]\(([\w/]+\.ipynb)', prose('map.ipynb')))
 
 
 def test_links_of_the_readme_lead_somewhere():
     links = re.findall(r'\]\(([^)#]+)\)', (top/'README.md').read_text())
-    assert len(links) > 10
+    assert len(links) > 40
     assert [o for o in links if not o.startswith('http') and not (top/o).exists()] == []
 
 
-def texts(name):
-    "The prose of a notebook"
-    return '\n'.join(o.source for o in nbformat.read(top/'nbs'/name, 4).cells if o.cell_type == 'markdown') + '\n'
-
-
 def test_the_map_leads_to_headings_that_are_there():
-    rows = re.findall(r'\[([A-Z\d][^\]]+)\]\(([\w/]+\.ipynb)[^)]*\)', texts('map.ipynb'))
+    tables = prose('map.ipynb').split('## Page by page')[0]
+    rows = re.findall(r'\[([A-Z\d][^\]]+)\]\(([\w/]+\.ipynb)[^)]*\)', tables)
     assert len(rows) >= 45
-    for section, name in rows: assert f'# {section}\n' in texts(name), (name, section)
+    for section, page in rows: assert f'# {section}\n' in prose(page) + '\n', (page, section)
 
 
 def test_the_map_has_every_question_and_equation():
-    first = re.findall(r'^\| ([^|]+?) \|', texts('map.ipynb'), re.M)
-    questions = '2.1.a 2.1.b 2.1.c.i 2.1.c.ii 3.1 3.2 4.1.a 4.1.b 4.1.c 4.1.d 5.1 5.2 5.3 6.1 6.2 6.3 6.4 6.5 7.1 7.2 7.3 7.4 7.5'.split()
+    first = re.findall(r'^\| ([^|]+?) \|', prose('map.ipynb'), re.M)
+    questions = '2.1.a 2.1.b 2.1.c.i 2.1.c.ii 3.1 3.2 4.1.a 4.1.b 4.1.c 4.1.d 5.1 5.2 5.3 6.1 6.2 6.3 6.4 6.5 ' \
+                '7.1 7.2 7.3 7.4 7.5'.split()
     assert set(questions) <= set(first)
     assert sorted(int(n) for o in first if o.startswith('Eq.') for n in re.findall(r'\d+', o)) == [*range(1, 20)]
-
-
-if __name__ == '__main__': (top/'README.md').write_text(make())
