@@ -3,14 +3,16 @@ import csv, os, shutil
 
 import pytest
 from conftest import TINY
-from ddpm_nb.diffusion import read_checkpoint
+from ddpm_nb.kit.files import read_checkpoint
 
 
 @pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')
 def test_train_compiled_and_resume(call, pics, tmp_path):
     env = os.environ | dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path/'cache'))
     def train(folder, steps, *more):
-        r = call('ddpm_train', '--data_path', pics, '--save_folder', folder, '--train_steps', steps, '--save_and_sample_every', 2, '--precision', 'fp32', *TINY, '--unet_dim_mults', 1, '--attention', 'none', *more, env=env)
+        args = ['--train_steps', steps, '--save_and_sample_every', 2, '--precision', 'fp32', *TINY]
+        args += ['--unet_dim_mults', 1, '--attention', 'none', *more]
+        r = call('ddpm_train', '--data_path', pics, '--save_folder', folder, *args, env=env)
         assert r.returncode == 0, r.stderr
         return [float(o['loss']) for o in csv.DictReader((tmp_path/folder/'loss.csv').open())]
     plain, whole = train('plain', 4), train('whole', 4, '--compile')
@@ -25,4 +27,4 @@ def test_no_compiler_is_one_line(call, pics, tmp_path):
     env = os.environ | dict(CXX=str(tmp_path/'no-compiler'), TORCHINDUCTOR_CACHE_DIR=str(tmp_path/'cache'))
     r = call('ddpm_train', '--data_path', pics, '--train_steps', 1, '--compile', *TINY, env=env)
     assert r.returncode == 2 and 'Traceback' not in r.stderr, r.stderr
-    assert r.stderr.splitlines()[-1].startswith('ddpm_train: compile: found no compiler that works')
+    assert r.stderr.splitlines()[-1].startswith('ddpm_train: compile needs a C++ compiler')

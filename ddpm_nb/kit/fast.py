@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FAST', 'as_pixels', 'as_image', 'at_least_float', 'FastWSConv2d', 'group_mean', 'NormAct', 'FastBlock',
-           'scale_shifts', 'FastResBlock', 'FastAttention', 'attend', 'MergedAttention', 'softmax_grad',
+           'scale_shifts', 'FastResBlock', 'FastAttention', 'attend', 'softmax_grad', 'MergedAttention',
            'FastLinearAttention', 'FastUnet', 'fast', 'plain', 'fast_bf16', 'use_bf16', 'autocast', 'keep_freed_memory',
            'check_compile']
 
-# %% ../../nbs/kit/fast.ipynb #58041b5f
+# %% ../../nbs/kit/fast.ipynb #af822c37
 import ctypes
 from contextlib import nullcontext
 
@@ -20,30 +20,22 @@ from torch import nn, Tensor
 from .checks import *
 from ..unet import *
 
-# %% ../../nbs/kit/fast.ipynb #91273683
-def as_pixels(
-    x:Tensor, # Images, shape (b, c, h, w)
-)->Tensor: # Shape (b, h·w, c), contiguous; no copy if `x` is channels last
-    "An image as a list of pixels"
+# %% ../../nbs/kit/fast.ipynb #38d81d86
+def as_pixels(x:Tensor)->Tensor:
+    "Images (b, c, h, w) as lists of pixels (b, h·w, c), without a copy if `x` is channels last"
     return x.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
-# %% ../../nbs/kit/fast.ipynb #9f032de9
-def as_image(
-    x:Tensor, # Pixels, shape (b, n, c)
-    shape, # (b, c, h, w)
-)->Tensor: # That shape, channels last
-    "A list of pixels as an image"
+# %% ../../nbs/kit/fast.ipynb #54082ab7
+def as_image(x:Tensor, shape)->Tensor:
+    "Lists of pixels (b, n, c) as images of that shape (b, c, h, w), channels last"
     return x.view(shape[0], *shape[2:], -1).permute(0, 3, 1, 2)
 
-# %% ../../nbs/kit/fast.ipynb #ee3b7f6b
-def at_least_float(
-    x:Tensor, # Of any precision
-    copy:bool=False, # Always a new tensor, to be changed in place?
-)->Tensor: # float32, or float64 if `x` is
-    "`x` in a precision that sums can be taken in"
+# %% ../../nbs/kit/fast.ipynb #12fb9d50
+def at_least_float(x:Tensor, copy=False)->Tensor:
+    "`x` in a precision that sums can be taken in: float32, or float64 if `x` is; with `copy` a new tensor"
     return x.to(torch.promote_types(x.dtype, torch.float32), copy=copy)
 
-# %% ../../nbs/kit/fast.ipynb #8bae809f
+# %% ../../nbs/kit/fast.ipynb #cd8bdb5e
 class FastWSConv2d(WSConv2d):
     "`WSConv2d`, standardised in float32"
     def forward(self, x):
@@ -51,17 +43,13 @@ class FastWSConv2d(WSConv2d):
         w = F.layer_norm(w, w.shape[1:], eps=1e-5).permute(0, 3, 1, 2)
         return F.conv2d(x, w.to(self.weight.dtype), self.bias, self.stride, self.padding)
 
-# %% ../../nbs/kit/fast.ipynb #4f8d95fc
-def group_mean(
-    x:Tensor, # A sum over n pixels of each channel, shape (b, c)
-    groups:int, # Groups of channels
-    n:int, # Pixels
-)->Tensor: # Shape (b, c)
-    "The mean over the pixels and channels of each group, for each of its channels"
+# %% ../../nbs/kit/fast.ipynb #fe3ffa15
+def group_mean(x:Tensor, groups:int, n:int)->Tensor:
+    "Of sums over `n` pixels for each channel (b, c): the mean of each group, for each of its channels (b, c)"
     g = x.view(len(x), groups, -1)
     return (g.sum(2, keepdim=True)/(g.shape[2]*n)).expand_as(g).reshape(x.shape)
 
-# %% ../../nbs/kit/fast.ipynb #798e038e
+# %% ../../nbs/kit/fast.ipynb #730e85cf
 class NormAct(torch.autograd.Function):
     "Group normalisation, gain and bias (b, c), SiLU, of pixels (b, n, c) (@eq-norm, @eq-norm-grad)"
     @staticmethod
@@ -86,39 +74,30 @@ class NormAct(torch.autograd.Function):
         g.mul_(a).sub_(shift[:, None]).addcmul_(d, slope[:, None], value=-1)
         return g.to(x.dtype), r*gd, dbias, None
 
-# %% ../../nbs/kit/fast.ipynb #e5ed3894
+# %% ../../nbs/kit/fast.ipynb #41b42c28
 class FastBlock(Block):
     "`Block` with its normalisation, time and SiLU in one (@eq-norm, @eq-pair)"
-    def forward(self,
-        x:Tensor, # Shape (b, dim_in, h, w)
-        scale_shift:Tensor=None, # The time's scale and shift side by side, shape (b, 2·dim_out)
-    )->Tensor: # Shape (b, dim_out, h, w)
+    def forward(self, x, scale_shift=None): # the time's scale and shift side by side, (b, 2·dim_out)
         x, (gain, bias) = self.conv(x), (o.expand(len(x), -1) for o in (self.norm.weight, self.norm.bias))
         if scale_shift is not None:
             scale, shift = scale_shift.to(gain.dtype).chunk(2, 1)
             gain, bias = gain*(1 + scale), bias*(1 + scale) + shift
         return as_image(NormAct.apply(as_pixels(x), gain, bias, self.norm.num_groups), x.shape)
 
-# %% ../../nbs/kit/fast.ipynb #664e4b7c
-def scale_shifts(
-    blocks:list, # The network's `ResBlock`s, in the order of their use
-    emb:Tensor, # The embedded times, shape (b, time_dim)
-)->tuple: # For each block its scale and shift, shape (b, 2·channels)
-    "The time's scale and shift for every block at once (@eq-block)"
+# %% ../../nbs/kit/fast.ipynb #6eab3439
+def scale_shifts(blocks, emb:Tensor)->tuple:
+    "The embedded time's scale and shift for each of the `ResBlock`s, (b, 2·channels), all at once (@eq-pair)"
     layers = [o.time[1] for o in blocks]
     w, b = torch.cat([o.weight for o in layers]), torch.cat([o.bias for o in layers])
     return F.linear(F.silu(emb), w, b).split([len(o.bias) for o in layers], 1)
 
-# %% ../../nbs/kit/fast.ipynb #295bf17b
+# %% ../../nbs/kit/fast.ipynb #3f19d0da
 class FastResBlock(ResBlock):
     "`ResBlock`, handed its scale and shift"
-    def forward(self,
-        x:Tensor, # Shape (b, dim_in, h, w)
-        shifts, # Yields each block's scale and shift
-    )->Tensor: # Shape (b, dim_out, h, w)
+    def forward(self, x, shifts): # which yields each block's scale and shift
         return self.block2(self.block1(x, next(shifts))) + self.skip(x)
 
-# %% ../../nbs/kit/fast.ipynb #56e8595e
+# %% ../../nbs/kit/fast.ipynb #423c3a73
 class FastAttention(Attention):
     "`Attention`, written out on a CPU"
     def forward(self, x):
@@ -126,17 +105,17 @@ class FastAttention(Attention):
         o = rearrange(attend(q, k, v), 'b h n d -> b n (h d)')
         return x + as_image(self.out(o), x.shape)
 
-# %% ../../nbs/kit/fast.ipynb #af80898a
-def attend(
-    q:Tensor, # Queries, shape (b, heads, n, d)
-    k:Tensor, # Keys, the shape of `q`
-    v:Tensor, # Values, the shape of `q`
-)->Tensor: # The shape of `q`
-    "Full attention (@eq-attention)"
+# %% ../../nbs/kit/fast.ipynb #32ecf268
+def attend(q:Tensor, k:Tensor, v:Tensor)->Tensor:
+    "Full attention, all of shape (b, heads, n, d)"
     if q.device.type != 'cpu': return F.scaled_dot_product_attention(q, k, v)
     with torch.autocast('cpu', enabled=False): return (q*q.shape[-1]**-.5@k.transpose(-1, -2)).softmax(-1)@v
 
-# %% ../../nbs/kit/fast.ipynb #966a8010
+# %% ../../nbs/kit/fast.ipynb #0aadcfc6
+def softmax_grad(dy:Tensor, y:Tensor, dim:int)->Tensor:
+    "The gradient y·(dy - Σ y·dy) of the softmax `y`, PyTorch's own"
+    return torch.ops.aten._softmax_backward_data(dy, y, dim, y.dtype)
+
 class MergedAttention(torch.autograd.Function):
     "Linear attention of `z` (b, n, c) with heads `wq`, `wk` (h·d, c) and merged `wvo` (h, c, c) (@eq-merged)"
     @staticmethod
@@ -163,20 +142,11 @@ class MergedAttention(torch.autograd.Function):
         dz.baddbmm_(dk.transpose(1, 2), wk.expand(b, hd, c)).baddbmm_(k.transpose(1, 2), dg)
         return dz, torch.mm(dq.t(), flat), torch.bmm(dk, z).sum(0), dwvo
 
-# %% ../../nbs/kit/fast.ipynb #f5f448a3
-def softmax_grad(
-    dy:Tensor, # Gradient of the softmax
-    y:Tensor, # The softmax
-    dim:int, # The dimension that it sums to one over
-)->Tensor: # Gradient of what went into it
-    "y·(dy - Σ y·dy), PyTorch's own"
-    return torch.ops.aten._softmax_backward_data(dy, y, dim, y.dtype)
-
-# %% ../../nbs/kit/fast.ipynb #dd902842
+# %% ../../nbs/kit/fast.ipynb #7fa56489
 class FastLinearAttention(LinearAttention):
     "`LinearAttention` by way of a d×c summary (@eq-merged)"
-    def merged(self)->tuple: # Of shapes (h·d, c), (h·d, c) and (h, c, c)
-        "The matrices of queries and keys, and that of values and output in one"
+    def merged(self):
+        "Queries' and keys' matrices (h·d, c), and that of values and output in one (h, c, c)"
         wq, wk, wv = self.qkv.weight.chunk(3)
         wo = rearrange(self.out.weight, 'o (h d) -> h d o', h=self.heads)
         return wq, wk, rearrange(wv, '(h d) c -> h c d', h=self.heads)@wo*wo.shape[1]**-.5
@@ -188,7 +158,7 @@ class FastLinearAttention(LinearAttention):
             y = F.layer_norm(y, self.out_norm.gain.shape, self.out_norm.gain.to(y.dtype))
             return x + as_image(y, x.shape)
 
-# %% ../../nbs/kit/fast.ipynb #643f25b6
+# %% ../../nbs/kit/fast.ipynb #4413522d
 class FastUnet(Unet):
     "`Unet`, faster"
     def embed(self, emb):
@@ -200,7 +170,7 @@ class FastUnet(Unet):
         if torch.is_grad_enabled() or len(x) <= n: return super().forward(x, t)
         return torch.cat([super(FastUnet, self).forward(*o) for o in zip(x.split(n), t.split(n))])
 
-# %% ../../nbs/kit/fast.ipynb #efada5f9
+# %% ../../nbs/kit/fast.ipynb #194190f9
 FAST = {Unet: FastUnet, ResBlock: FastResBlock, Block: FastBlock, WSConv2d: FastWSConv2d,
         Attention: FastAttention, LinearAttention: FastLinearAttention}
 
@@ -219,7 +189,7 @@ def plain(
     for m in net.modules(): m.__class__ = slow.get(type(m), type(m))
     return net
 
-# %% ../../nbs/kit/fast.ipynb #b8920f74
+# %% ../../nbs/kit/fast.ipynb #0bb1fbca
 def fast_bf16(
     device='cpu', # Where the model runs
 )->bool: # Is it faster in bfloat16?
@@ -229,7 +199,7 @@ def fast_bf16(
     has = (getattr(torch.cpu, o, lambda: False) for o in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
     return kind == 'cpu' and any(f() for f in has)
 
-# %% ../../nbs/kit/fast.ipynb #10c0aa54
+# %% ../../nbs/kit/fast.ipynb #63420949
 def use_bf16(
     precision:str, # 'fp32', 'bf16', or 'auto': bf16 where the device multiplies it in hardware
     device='cpu', # Where the model runs
@@ -246,14 +216,14 @@ def autocast(
     bf16 = use_bf16(precision, device)
     return torch.autocast(torch.device(device).type, torch.bfloat16) if bf16 else nullcontext()
 
-# %% ../../nbs/kit/fast.ipynb #ed61bf5c
+# %% ../../nbs/kit/fast.ipynb #08dd2be2
 def keep_freed_memory()->bool: # Was there a setting to make?
     "Have glibc keep freed memory for the next allocation (its M_MMAP_THRESHOLD and M_TRIM_THRESHOLD)"
     try: mallopt = ctypes.CDLL('libc.so.6').mallopt
     except (OSError, AttributeError): return False
     return all([mallopt(-3, 32*2**20), mallopt(-1, 2**31 - 1)])
 
-# %% ../../nbs/kit/fast.ipynb #b38ca189
+# %% ../../nbs/kit/fast.ipynb #b85a21fb
 def check_compile(
     device, # Where the network runs
     **kwargs # For `torch.compile`
