@@ -1,14 +1,15 @@
-"The Hub's side of `Diffusion`, without a network: what an upload would hold, and a download that is in the cache already."
+"The Hub's side of a model, without a network: what an upload would hold, and a download that is in the cache already."
 import re, socket
 from importlib.resources import files
 from pathlib import Path
 
 import huggingface_hub, pytest, torch
-from huggingface_hub.hub_mixin import HfApi
+from huggingface_hub import HfApi
 
-from ddpm_nb.core import BadInput
 from ddpm_nb.diffusion import Diffusion
-from ddpm_nb.faces import faces
+from ddpm_nb.kit.checks import BadInput
+from ddpm_nb.kit.faces import faces
+from ddpm_nb.kit.files import load_diffusion, push_to_hub, save_pretrained
 from ddpm_nb.unet import Unet
 
 
@@ -22,29 +23,55 @@ def same(a, b): return all(torch.equal(v, b.state_dict()[k]) for k,v in a.state_
 
 
 def test_push(small, tmp_path, monkeypatch):
-    "The folder that goes up is one that can be read, and its card says what it is"
-    def create_repo(self, repo_id, **kwargs): return huggingface_hub.RepoUrl(f'https://huggingface.co/{repo_id}')
+    "The folder that goes up is one that can be read, and its card says what it is and how to load it"
+    asked = []
+    def create_repo(self, repo_id, **kwargs):
+        asked.append((repo_id, self.token, kwargs))
+        return huggingface_hub.RepoUrl(f'https://huggingface.co/{repo_id}')
     def upload_folder(self, *, repo_id, folder_path, **kwargs):
+        asked.append((repo_id, self.token, kwargs))
         Path(folder_path).rename(tmp_path/'up')
-        return repo_id
+        (Path(folder_path)).mkdir()
+        return 'sent'
     monkeypatch.setattr(HfApi, 'create_repo', create_repo)
     monkeypatch.setattr(HfApi, 'upload_folder', upload_folder)
-    assert small.push_to_hub('someone/cats', model_card_kwargs=dict(title='Cats', name='someone/cats')) == 'someone/cats'
+    assert push_to_hub(small, 'someone/cats', token='mine', private=True, commit_message='Cats') == 'sent'
+    assert asked == [('someone/cats', 'mine', dict(private=True, exist_ok=True)),
+                     ('someone/cats', 'mine', dict(commit_message='Cats'))]
     assert {o.name for o in (tmp_path/'up').iterdir()} == {'README.md', 'config.json', 'model.safetensors'}
     card = huggingface_hub.ModelCard.load(tmp_path/'up'/'README.md')
-    assert card.data.library_name == 'ddpm_nb' and '# Cats' in card.text and "from_pretrained('someone/cats')" in card.text
-    assert same(small, Diffusion.from_pretrained(tmp_path/'up', 'cpu'))
+    assert card.data.library_name == 'ddpm_nb' and card.data.license == 'apache-2.0'
+    assert '# someone/cats' in card.text and "load_diffusion('someone/cats')" in card.text
+    assert same(small, load_diffusion(tmp_path/'up', 'cpu'))
+
+
+def test_a_card_of_your_own(small, tmp_path):
+    "It stays when the weights are written again"
+    save_pretrained(small, tmp_path, card='# Mine')
+    save_pretrained(small, tmp_path)
+    assert (tmp_path/'README.md').read_text() == '# Mine'
+
+
+def test_the_snippet_of_the_card_runs(small, tmp_path, monkeypatch):
+    save_pretrained(small, tmp_path/'cats')
+    code = re.search('```python\n(.*?)```', (tmp_path/'cats/README.md').read_text(), re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert names['images'].shape == (16, 3, 16, 16)
 
 
 def test_a_repository_in_the_cache(small, tmp_path):
     "As the Hub's client lays it out; asked for by name, with no network"
     repo, commit = tmp_path/'models--someone--cats', 'a'*40
-    small.save_pretrained(repo/'snapshots'/commit)
+    save_pretrained(small, repo/'snapshots'/commit)
     (repo/'refs').mkdir()
     (repo/'refs'/'main').write_text(commit)
-    again = Diffusion.from_pretrained('someone/cats', 'cpu', cache_dir=tmp_path, local_files_only=True)
+    offline = dict(cache_dir=tmp_path, local_files_only=True)
+    again = load_diffusion('someone/cats', 'cpu', **offline)
     assert same(small, again) and not again.training
-    with pytest.raises(BadInput, match='pretrained: found'): Diffusion.from_pretrained('someone/dogs', cache_dir=tmp_path, local_files_only=True)
+    assert same(small, Diffusion.from_pretrained('someone/cats', 'cpu', **offline)) # the name that kit.files adds
+    with pytest.raises(BadInput, match='someone/dogs is neither here nor on the Hub'): load_diffusion('someone/dogs', **offline)
 
 
 def test_the_model_of_the_package(monkeypatch):
@@ -55,9 +82,16 @@ def test_the_model_of_the_package(monkeypatch):
     assert sum(o.stat().st_size for o in weights.iterdir()) < 5e6
     card = (weights/'README.md').read_text()
     assert re.search(r'held-out L1 \| 0\.1[0-3]', card) and 'floor' in card and '**Limits.**' in card
-    d = Diffusion.from_pretrained(device='cpu')
+    assert "load_diffusion('pretrained')" in card
+    d = load_diffusion('pretrained', 'cpu')
+    assert same(d, load_diffusion(device='cpu'))
+    x = torch.nn.functional.interpolate(faces('cat', 64).float()/127.5 - 1, 32, mode='area')
+    def losses(seed):
+        torch.manual_seed(seed)
+        with torch.no_grad(): return [d(x).item() for _ in range(4)]
+    assert sum(losses(0))/4 == pytest.approx(.1788, abs=.002) # these times and this noise
+    assert sum(sum(losses(o)) for o in (1, 2, 3))/12 == pytest.approx(.194, abs=.015) # any
     torch.manual_seed(0)
-    x = torch.nn.functional.interpolate(faces('cat', 16).float()/127.5 - 1, 32, mode='area')
-    assert d(x).item() < .3 # the loss; without training it is at 0.8
-    images = d.sample(4)
-    assert images.shape == (4, 3, 32, 32) and .1 < images.std() < .4
+    images = d.sample(16)
+    assert images.shape == (16, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
+    assert .3 < images.mean() < .6 and .18 < images.std() < .32

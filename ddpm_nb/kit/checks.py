@@ -29,26 +29,15 @@ def refuse(line:str)->NoReturn:
     raise BadInput(' '.join(str(line).split()))
 
 # %% ../../nbs/kit/checks.ipynb #43d03e8c
-def check_int(
-    what:str, # Name of the argument
-    v, # Its value
-    lo:int=1, # Smallest value allowed
-    hi:int=None, # Largest value allowed; no limit by default
-)->int: # The value as an `int`
-    "Refuse a `v` that isn't a whole number from `lo` to `hi`"
+def check_int(what:str, v, lo:int=1, hi:int=None)->int:
+    "Refuse a value `v` of the argument `what` that isn't a whole number from `lo` to `hi`, or of at least `lo`"
     ok = isinstance(v, (int, np.integer)) and not isinstance(v, bool) and v >= lo and (hi is None or v <= hi)
     allowed = f'of at least {lo}' if hi is None else f'from {lo} to {hi}'
     if not ok: refuse(f'{what} must be a whole number {allowed}, but is {v!r}')
     return int(v)
 
-def check_float(
-    what:str, # Name of the argument
-    v, # Its value
-    lo:float=0., # Smallest value allowed
-    hi:float=float('inf'), # Values must be below this one
-    above:bool=False, # Is `lo` itself forbidden?
-)->float: # The value as a `float`
-    "Refuse a `v` that isn't a finite number in [lo, hi), or in (lo, hi) where `above`"
+def check_float(what:str, v, lo:float=0., hi:float=float('inf'), above:bool=False)->float:
+    "Refuse a value `v` of the argument `what` that isn't a number in [lo, hi), or in (lo, hi) if `above`"
     ok = isinstance(v, (int, float, np.number)) and not isinstance(v, bool) and lo <= v < hi and not (above and v == lo)
     most = '' if hi == float('inf') else f' and below {hi:g}'
     if not ok: refuse(f"{what} must be a number {'above' if above else 'of at least'} {lo:g}{most}, but is {v!r}")
@@ -62,13 +51,8 @@ def check_path(what:str, v)->Path:
     refuse(f'{what} must be a path, but is {v!r}')
 
 # %% ../../nbs/kit/checks.ipynb #6867ea7b
-def bar(
-    it=None, # What to go through; nothing, if you count with `update`
-    show:bool=True, # Show a bar?
-    total:int=None, # How many there are; `len(it)` by default
-    **kwargs # For tqdm, such as `desc`, or `unit='B', unit_scale=True`
-)->tqdm: # `it` with a bar, on the error stream
-    "tqdm's progress bar, drawn four times a second at most"
+def bar(it=None, show:bool=True, total:int=None, **kwargs)->tqdm:
+    "tqdm's progress bar around `it` (or around nothing, to count by `update`), of the first process, if you `show` it"
     first = os.environ.get('RANK', '0') == '0' # of several processes
     return tqdm(it, total=total, disable=not (show and first), mininterval=.25, **kwargs)
 

@@ -47,10 +47,8 @@ def command(
     return _f
 
 # %% ../../nbs/kit/commands.ipynb #499c6101
-def ints(
-    s, # Whole numbers, as a sequence or as text such as '1,2,4,8'
-)->tuple: # The numbers
-    "Whole numbers from a flag"
+def ints(s)->tuple:
+    "Whole numbers, from a sequence or from text such as '1,2,4,8'"
     if not isinstance(s, str): return tuple(s) if isinstance(s, (tuple, list)) else (s,)
     try: return tuple(int(o) for o in s.strip('()[] ').split(','))
     except ValueError: refuse(f'unet_dim_mults must be whole numbers with commas, such as 1,2,4,8, but is {s!r}')

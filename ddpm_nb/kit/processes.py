@@ -63,7 +63,6 @@ def rank()->int: # From 0 to `world() - 1`
     "The number of this process; number 0 is the one that writes"
     return dist.get_rank() if world() > 1 else 0
 
-# %% ../../nbs/kit/processes.ipynb #ccb96409
 def join_processes(
     device=None, # A device's name; the best one by default
 )->torch.device: # The device of this process; with several GPUs, one of its own
@@ -87,7 +86,6 @@ def in_shares(f, *xs:Tensor)->Tensor:
     n, i = len(xs[0]), my_share(len(xs[0]))
     return gather(f(*(x[i] for x in xs)))[:n]
 
-# %% ../../nbs/kit/processes.ipynb #3b2b4864
 def my_share(n:int)->list:
     "Which of a batch of `n` this process takes: indices, as many for each process"
     size = -(-n//world())
