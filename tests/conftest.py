@@ -7,7 +7,8 @@ import pytest
 
 from ddpm_nb.kit.faces import write_faces
 
-TINY = '--image_size 16 --batch_size 8 --unet_dim 8 --unet_dim_mults 1,2 --time_steps 5 --n_samples 4 --device cpu'.split()
+TINY = '--image_size 16 --batch_size 8 --unet_dim 8 --unet_dim_mults 1,2 --time_steps 5 --n_samples 4'.split()
+TINY += ['--device', 'cpu']
 
 
 @pytest.fixture(scope='session')
@@ -25,14 +26,16 @@ def newest(tmp_path_factory):
     venv.create(path, with_pip=True)
     bin = path/('Scripts' if os.name == 'nt' else 'bin')
     env = {k: v for k,v in os.environ.items() if k not in ('PYTHONPATH', 'VIRTUAL_ENV')}
-    r = subprocess.run([bin/'python', '-m', 'pip', 'install', '-q', str(Path(__file__).parent.parent)], capture_output=True, text=True, env=env)
+    install = [bin/'python', '-m', 'pip', 'install', '-q', str(Path(__file__).parent.parent)]
+    r = subprocess.run(install, capture_output=True, text=True, env=env)
     assert r.returncode == 0, r.stderr[-3000:]
     return bin
 
 
 def command(name, *args, cwd=None, bin=Path(sys.executable).parent, env=None):
     "Run a command of the package as a user would, in a process of its own"
-    return subprocess.run([str(Path(bin)/name), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300, env=env)
+    args = [str(Path(bin)/name), *map(str, args)]
+    return subprocess.run(args, cwd=cwd, capture_output=True, text=True, timeout=300, env=env)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from pathlib import Path
 import matplotlib, nbformat, pandas as pd, pytest
 
 from ddpm_nb.diffusion import Diffusion
+from ddpm_nb.kit.files import load_diffusion, save_pretrained
 from ddpm_nb.unet import Unet
 
 NBS = Path(__file__).parent.parent/'nbs'/'experiments'
@@ -12,12 +13,15 @@ SMALL = dict(unet_dim=8, unet_dim_mults=(1, 2), image_size=16, batch_size=8, tim
 
 def run(name, **params):
     "The code cells in order in one namespace; `params` take the place of what the cell of parameters says"
-    cells, ns = [c.source for c in nbformat.read(NBS/f'{name}.ipynb', 4).cells if c.cell_type == 'code' and 'eval: false' not in c.source], {}
+    cells = [c.source for c in nbformat.read(NBS/f'{name}.ipynb', 4).cells if c.cell_type == 'code']
+    cells, ns = [o for o in cells if 'eval: false' not in o], {}
     assert all(o.startswith('#| notest') for o in cells), 'nbdev_test leaves the experiments out by this flag'
     assert sum('\n# parameters\n' in o for o in cells) == 1
     for src in cells:
         exec(src, ns)
-        if '\n# parameters\n' in src: assert params.keys() <= ns.keys(); ns.update(params)
+        if '\n# parameters\n' in src:
+            assert params.keys() <= ns.keys()
+            ns.update(params)
     return ns
 
 
@@ -29,33 +33,37 @@ def here(tmp_path, monkeypatch):
 
 def test_loss_and_score(pics, tmp_path):
     "The run of 7.1 is there already when 7.2 comes, and is not done again; one without scores is"
-    fd = run('72_fd', data_path=pics, folder=tmp_path/'a', train_steps=3, every=2, fid_samples=8, model=SMALL)
+    params = dict(data_path=pics, folder=tmp_path/'a', every=2, model=SMALL)
+    fd = run('72_fd', **params, train_steps=3, fid_samples=8)
     assert list(pd.read_csv('72_fd.csv').step) == [2, 3] and fd['scores'].floor.notna().all()
     was = (tmp_path/'a/model.pt').stat().st_mtime_ns
-    ns = run('71_loss', data_path=pics, folder=tmp_path/'a', train_steps=3, every=2, model=SMALL)
+    ns = run('71_loss', **params, train_steps=3)
     assert (tmp_path/'a/model.pt').stat().st_mtime_ns == was and len(pd.read_csv('71_loss.csv')) == 3
     assert len(ns['grids']) == 2 and [s for s,_ in ns['held']] == [2, 3]
-    run('71_loss', data_path=pics, folder=tmp_path/'a', train_steps=5, every=2, model=SMALL) # goes on
+    run('71_loss', **params, train_steps=5) # goes on
     assert len(pd.read_csv('71_loss.csv')) == 5
 
 
 def test_samples_and_weights(pics, tmp_path):
-    ns = run('73_samples', data_path=pics, folder=tmp_path/'b', train_steps=4, every=2, n=8, model=SMALL | dict(image_size=32))
+    small = SMALL | dict(image_size=32)
+    ns = run('73_samples', data_path=pics, folder=tmp_path/'b', train_steps=4, every=2, n=8, model=small)
     assert list(ns['scores'].step) == [2, 2, 4, 4] and list(ns['scores'].against) == ['train', 'val']*2
-    d = Diffusion.from_pretrained(tmp_path/'b/pretrained')
+    d = load_diffusion(tmp_path/'b/pretrained')
     assert d.num_timesteps == 5 and f'{ns["held_out"]:.4f}' in (tmp_path/'b/pretrained/README.md').read_text()
 
 
 @pytest.mark.parametrize('name', ['74_forward', '75_backward'])
 def test_strips(name, pics, tmp_path):
-    Diffusion(Unet(8, dim_mults=(1, 2)), image_size=16, timesteps=50).save_pretrained(tmp_path/'small')
+    save_pretrained(Diffusion(Unet(8, dim_mults=(1, 2)), image_size=16, timesteps=50), tmp_path/'small')
     run(name, data_path=pics, pretrained=tmp_path/'small', n=2, **(dict(n_corr=8) if name == '75_backward' else {}))
 
 
 def test_ablation(pics, tmp_path):
     "Each line of the table; and a second time nothing is done again"
-    params = dict(data_path=pics, size=16, batch_size=8, net=dict(dim=8, dim_mults=(1, 2), attention='none'), steps=1, n=8, results=tmp_path/'runs'/'table.csv')
+    net = dict(dim=8, dim_mults=(1, 2), attention='none')
+    params = dict(data_path=pics, size=16, batch_size=8, net=net, steps=1, n=8, results=tmp_path/'runs'/'table.csv')
     table = run('ablation', **params)['table']
-    assert len(table) == 16 and table.FD.notna().all() and set(table.schedule) == {'cosine', 'linear', 'sigmoid'} and set(table['T']) == {10, 50, 200, 1000}
+    assert len(table) == 16 and table.FD.notna().all()
+    assert set(table.schedule) == {'cosine', 'linear', 'sigmoid'} and set(table['T']) == {10, 50, 200, 1000}
     again = run('ablation', **params)
     assert again['table'].FD.tolist() == table.FD.tolist() and 'images' not in again and 'learn' not in again
