@@ -12,16 +12,21 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 from ddpm_nb import train
-from ddpm_nb.afhq import safe_extract
-from ddpm_nb.core import BadInput, seed_everything
-from ddpm_nb.data import Files, UNREADABLE, decode, image_dls
-from ddpm_nb.diffusion import Diffusion, load_diffusion, read_checkpoint
-from ddpm_nb.faces import write_faces
+from ddpm_nb.diffusion import Diffusion
+from ddpm_nb.kit.afhq import safe_extract
+from ddpm_nb.kit.checks import BadInput
+from ddpm_nb.kit.commands import ints
+from ddpm_nb.kit.data import UNREADABLE, decode, image_dls
+from ddpm_nb.kit.faces import write_faces
+from ddpm_nb.kit.files import config_of, load_diffusion, read_checkpoint, save_diffusion, save_pretrained
+from ddpm_nb.kit.processes import seed_everything
 from ddpm_nb.unet import Unet
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')
 
-def cases(n): return settings(max_examples=n*int(os.environ.get('CASES', 1)), deadline=5000, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+def cases(n):
+    return settings(max_examples=n*int(os.environ.get('CASES', 1)), deadline=5000, derandomize=True, database=None,
+                    suppress_health_check=list(HealthCheck))
 
 def one_line(e):
     assert isinstance(e, BadInput) and '\n' not in str(e) and len(str(e)) < 2000
@@ -31,7 +36,9 @@ def left(path): return sorted(p.relative_to(path).as_posix() for p in path.rglob
 
 # Bytes that were once a good file: some changed, some cut off, some put in
 
-changes = st.lists(st.tuples(st.sampled_from(['set', 'cut', 'put', 'end']), st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=12)), min_size=1, max_size=6)
+change = st.tuples(st.sampled_from(['set', 'cut', 'put', 'end']), st.floats(0, 1, exclude_max=True),
+                   st.binary(min_size=1, max_size=12))
+changes = st.lists(change, min_size=1, max_size=6)
 
 def changed(data, todo):
     data = bytearray(data)
@@ -47,9 +54,10 @@ def changed(data, todo):
 
 def images():
     im, res = Image.fromarray(np.random.RandomState(0).randint(0, 256, (24, 20, 3), dtype=np.uint8)), {}
-    for kind, mode in (('png', 'RGB'), ('jpeg', 'RGB'), ('gif', 'P'), ('bmp', 'L'), ('tiff', 'CMYK'), ('webp', 'RGB'), ('png', 'I;16')):
-        b = io.BytesIO()
-        (Image.fromarray(np.arange(480, dtype=np.uint16).reshape(24, 20)*137) if mode == 'I;16' else im.convert(mode)).save(b, kind)
+    deep = Image.fromarray(np.arange(480, dtype=np.uint16).reshape(24, 20)*137)
+    for o in 'png RGB, jpeg RGB, gif P, bmp L, tiff CMYK, webp RGB, png I;16'.split(', '):
+        (kind, mode), b = o.split(), io.BytesIO()
+        (deep if mode == 'I;16' else im.convert(mode)).save(b, kind)
         res[kind + mode] = b.getvalue()
     return res
 GOOD = images()
@@ -63,8 +71,9 @@ def test_images(kind, todo):
 
 # Zips
 
-names = st.one_of(st.sampled_from(['a.jpg', '/a.jpg', '../a.jpg', 'train/cat/../../../a.jpg', 'C:\\a.jpg', '..\\a.jpg', 'train//cat/a.jpg', './a.jpg', 'a.jpg/', 'con.jpg', '~/a.jpg', '\u202ea.jpg', '.a.jpg']),
-                  st.text(max_size=12).map(lambda s: s + '.png'))
+NAMES = ['a.jpg', '/a.jpg', '../a.jpg', 'train/cat/../../../a.jpg', 'C:\\a.jpg', '..\\a.jpg', 'train//cat/a.jpg',
+         './a.jpg', 'a.jpg/', 'con.jpg', '~/a.jpg', '\u202ea.jpg', '.a.jpg']
+names = st.one_of(st.sampled_from(NAMES), st.text(max_size=12).map(lambda s: s + '.png'))
 
 def make_zip(entries):
     b = io.BytesIO()
@@ -75,7 +84,8 @@ def make_zip(entries):
             z.writestr(i, data)
     return b.getvalue()
 
-entries = st.lists(st.tuples(names, st.one_of(st.sampled_from(list(GOOD.values())), st.binary(max_size=40)), st.booleans()), max_size=6)
+contents = st.one_of(st.sampled_from(list(GOOD.values())), st.binary(max_size=40))
+entries = st.lists(st.tuples(names, contents, st.booleans()), max_size=6)
 
 @cases(300)
 @given(entries, st.one_of(st.just([]), changes))
@@ -100,7 +110,7 @@ def model(tmp_path_factory):
     seed_everything(0)
     d = Diffusion(Unet(8, dim_mults=(1,)), image_size=8, timesteps=3)
     path = tmp_path_factory.mktemp('model')/'model.pt'
-    d.save(path, 3, d)
+    save_diffusion(d, path, 3, d)
     return d, path
 
 @cases(400)
@@ -109,10 +119,11 @@ def test_checkpoints_of_changed_bytes(model, todo):
     d, path = model
     bad = path.with_name('bad.pt')
     bad.write_bytes(changed(path.read_bytes(), todo))
-    try: assert load_diffusion(bad, 'cpu').config == d.config
+    try: assert config_of(load_diffusion(bad, 'cpu')) == config_of(d)
     except BadInput as e: assert one_line(e).startswith(str(bad))
 
-values = st.one_of(st.none(), st.booleans(), st.integers(-2, 2**70), st.floats(), st.text(max_size=5), st.just([]), st.just({}), st.just(torch.zeros(3)), st.just(torch.full((2,), math.nan)), st.just(torch.tensor(10**12)))
+values = st.one_of(st.none(), st.booleans(), st.integers(-2, 2**70), st.floats(), st.text(max_size=5), st.just([]),
+                   st.just({}), *map(st.just, (torch.zeros(3), torch.full((2,), math.nan), torch.tensor(10**12))))
 
 @cases(400)
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.booleans(), values), min_size=1, max_size=3))
@@ -121,7 +132,10 @@ def test_checkpoints_of_changed_content(model, todo):
     ckpt = copy.deepcopy(read_checkpoint(path))
     for i, drop, v in todo: # one of the places in the nested dictionaries is dropped or gets another value
         spots, at = [], [ckpt]
-        while at: o = at.pop(); spots += [(o, k) for k in o]; at += [v for v in o.values() if isinstance(v, dict)]
+        while at:
+            o = at.pop()
+            spots += [(o, k) for k in o]
+            at += [v for v in o.values() if isinstance(v, dict)]
         if not spots: break
         o, k = spots[i % len(spots)]
         if drop: del o[k]
@@ -137,10 +151,10 @@ def test_checkpoints_of_changed_content(model, todo):
 def test_pretrained_of_changed_bytes(model, name, todo):
     d, path = model
     folder = path.with_name('pretrained')
-    if not folder.exists(): d.save_pretrained(folder)
+    if not folder.exists(): save_pretrained(d, folder)
     whole = (folder/name).read_bytes()
     (folder/name).write_bytes(changed(whole, todo))
-    try: new = Diffusion.from_pretrained(folder, 'cpu')
+    try: new = load_diffusion(folder, 'cpu')
     except BadInput as e: one_line(e)
     else: assert all(v.isfinite().all() for v in new.state_dict().values())
     finally: (folder/name).write_bytes(whole)
@@ -163,9 +177,11 @@ def test_a_packed_checkpoint_is_refused_unread(model, tmp_path):
 
 # Arguments
 
-anything = st.one_of(st.none(), st.booleans(), st.integers(-3, 2**40), st.floats(), st.text(max_size=6), st.lists(st.integers(-1, 99), max_size=3))
-ARGS = ('train_steps save_and_sample_every save_folder data_path load_path resume unet_dim_mults image_size batch_size data_class time_steps unet_dim attention '
-        'learning_rate dataloader_workers seed n_samples fid_samples precision on_bad keep_checkpoints nonfinite logger device').split()
+anything = st.one_of(st.none(), st.booleans(), st.integers(-3, 2**40), st.floats(), st.text(max_size=6),
+                     st.lists(st.integers(-1, 99), max_size=3))
+ARGS = """train_steps save_and_sample_every save_folder data_path load_path resume unet_dim_mults image_size batch_size
+    data_class time_steps unet_dim attention learning_rate dataloader_workers seed n_samples fid_samples precision
+    on_bad keep_checkpoints nonfinite logger device""".split()
 
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
@@ -177,9 +193,11 @@ def small(tmp_path_factory):
 @given(st.dictionaries(st.sampled_from(ARGS), anything, min_size=1, max_size=3))
 def test_arguments(small, args):
     "Refused in one line with nothing written, or taken to the point where training would begin"
-    good = dict(train_steps=2, save_folder=small/'run', data_path=small/'pics', unet_dim=8, unet_dim_mults=(1, 2), image_size=8, batch_size=4, time_steps=3, device='cpu')
-    if isinstance(args.get('save_folder'), str): args['save_folder'] = small/'runs'/args['save_folder'].replace('\0', '').replace('..', '')
-    try: mults = train.ints(args.get('unet_dim_mults', 1))
+    good = dict(train_steps=2, save_folder=small/'run', data_path=small/'pics', unet_dim=8, unet_dim_mults=(1, 2),
+                image_size=8, batch_size=4, time_steps=3, device='cpu')
+    if isinstance(args.get('save_folder'), str):
+        args['save_folder'] = small/'runs'/args['save_folder'].replace('\0', '').replace('..', '')
+    try: mults = ints(args.get('unet_dim_mults', 1))
     except (BadInput, TypeError): mults = ()
     sizes = [args.get(k) for k in ('unet_dim', 'image_size', 'time_steps')] + [8*m for m in mults if isinstance(m, int)]
     big = any(isinstance(v, (int, float)) and v > 64 for v in sizes)
