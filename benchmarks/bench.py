@@ -1,14 +1,15 @@
 """Our networks and the peers' on the same work, in turn A B A B, medians and ratios.
 
     pip install -e '.[bench]'
-    python benchmarks/bench.py                                   # step, sampling, memory, growth and score: about 25 minutes on 2 cores
-    python benchmarks/bench.py --what quality --data animals.zip # time to a held-out loss: about 10 minutes more
-    python benchmarks/bench.py --what plain --data animals.zip   # what the speed costs in quality: about 10 minutes more
-    python benchmarks/bench.py --what compile                    # what torch.compile would change: about 5 minutes
+    python benchmarks/bench.py                                   # step, sample, memory, growth, score: 25 minutes
+    python benchmarks/bench.py --what quality --data animals.zip # time to a held-out loss: 10 minutes more
+    python benchmarks/bench.py --what plain --data animals.zip   # what the speed costs in quality: 10 minutes more
+    python benchmarks/bench.py --what compile                    # what torch.compile would change: 5 minutes
     python benchmarks/bench.py --what step --device cuda         # on a GPU, eager and compiled; also --what sample
 
-Each line of work runs in a process of its own for each competitor and round. A competitor's setting (precision and memory layout, on a GPU
-compiled or not, and for sampling the images at a time) is the best of those tried, ours included. Results go to results.json, with a description of the machine.
+Each line of work runs in a process of its own for each competitor and round. A competitor's setting (precision and
+memory layout, on a GPU compiled or not, and for sampling the images at a time) is the best of those tried, ours
+included. Results go to results.json, with a description of the machine.
 """
 import json, os, platform, resource, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -16,7 +17,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ddpm_nb.core import command, refuse
+from ddpm_nb.kit.checks import refuse
+from ddpm_nb.kit.commands import command
 
 HERE = Path(__file__).parent
 OURS, PEERS = ('assignment', 'lean'), ('diffusers', 'denoising-diffusion-pytorch')
@@ -33,12 +35,15 @@ def network(name, dim=16, size=32):
     "A network of that name, as a function of (x, t)"
     torch.manual_seed(0)
     if name in OURS:
+        from ddpm_nb.kit.fast import fast
         from ddpm_nb.unet import Unet
-        return Unet(dim, attention='all' if name == 'assignment' else 'none')
+        return fast(Unet(dim, attention='all' if name == 'assignment' else 'none'))
     if name == 'diffusers':
         from diffusers import UNet2DModel
-        return Sample(UNet2DModel(sample_size=size, block_out_channels=(dim, 2*dim, 4*dim, 8*dim), layers_per_block=2, norm_num_groups=8,
-                                  down_block_types=('DownBlock2D',)*3 + ('AttnDownBlock2D',), up_block_types=('AttnUpBlock2D',) + ('UpBlock2D',)*3))
+        return Sample(UNet2DModel(sample_size=size, block_out_channels=(dim, 2*dim, 4*dim, 8*dim),
+                                  layers_per_block=2, norm_num_groups=8,
+                                  down_block_types=('DownBlock2D',)*3 + ('AttnDownBlock2D',),
+                                  up_block_types=('AttnUpBlock2D',) + ('UpBlock2D',)*3))
     from denoising_diffusion_pytorch import Unet
     return Unet(dim)
 
@@ -67,14 +72,16 @@ def medians(f, n=9, warm=3):
 
 def settings(name):
     "bf16, channels_last and compiled to try; our networks choose their own layout, and on a CPU none is compiled"
-    return [(b, l, c) for b in (False, True) for l in ((True,) if name in OURS else (False, True)) for c in (False, True)[:1 + (DEV == 'cuda')]]
+    layouts, compiled = (True,) if name in OURS else (False, True), (False, True) if DEV == 'cuda' else (False,)
+    return [(b, l, c) for b in (False, True) for l in layouts for c in compiled]
 
 
 def step(name, bf16, last, fast=False, batch=32, size=32, dim=16, n=9):
     "Seconds of one forward, backward and Adam step"
     net = ready(name, last, fast, dim, size)
     opt = torch.optim.Adam(net.parameters(), 1e-3, fused=True)
-    x = torch.randn(batch, 3, size, size, device=DEV).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    x = torch.randn(batch, 3, size, size, device=DEV)
+    if last: x = x.contiguous(memory_format=torch.channels_last)
     noise, t = torch.randn_like(x), torch.randint(0, STEPS, (batch,), device=DEV)
     def f():
         with torch.autocast(DEV, torch.bfloat16, enabled=bf16): loss = F.l1_loss(net(x, t).float(), noise)
@@ -112,20 +119,17 @@ def sample(name, bf16, last, fast, chunk, images=512, steps=STEPS):
 def memory(what, n):
     "Peak memory in MiB of training at the defaults for 20 steps, or of sampling `n` images"
     from ddpm_nb.train import train_diffusion
-    from ddpm_nb.diffusion import Diffusion
-    from ddpm_nb.sampling import sample_batches
-    from ddpm_nb.unet import Unet
+    from ddpm_nb.train import sample_diffusion
     with tempfile.TemporaryDirectory() as d:
         if what == 'train': train_diffusion(n, n, save_folder=f'{d}/run')
-        else: # a few steps are enough: what counts is the number of images
-            for _ in sample_batches(Diffusion(Unet(16), image_size=32, timesteps=STEPS), n, sampler='ddim', steps=1): pass
+        else: sample_diffusion('pretrained', n, f'{d}/new', 'ddim', steps=1) # what counts is the number of images
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
 
 
 def score(which):
     "Seconds for the features of 512 images, from memory or by clean-fid's folder route"
-    from ddpm_nb.faces import faces
-    from ddpm_nb.fid import get_network
+    from ddpm_nb.kit.faces import faces
+    from ddpm_nb.kit.scores import get_network
     net, x = get_network('efficientnet-lite0'), faces('cat', 512, size=32)
     if which == 'ours': return medians(lambda: net(x, 'cpu'), 1, 1)
     from cleanfid.fid import get_folder_features
@@ -133,56 +137,40 @@ def score(which):
     net.f.to(memory_format=torch.contiguous_format)
     with tempfile.TemporaryDirectory() as d:
         for i,o in enumerate(x): save_image(o/255, f'{d}/{i}.png')
-        return medians(lambda: get_folder_features(d, net.f, device=torch.device('cpu'), verbose=False), 1, 1)
+        cpu = torch.device('cpu')
+        return medians(lambda: get_folder_features(d, net.f, device=cpu, verbose=False), 1, 1)
 
 
-def quality(name, bf16, last, data, goal=.157, most=1000, every=25):
-    "Seconds of training, without validation, to a held-out loss of `goal`; and the losses"
-    from fastai.callback.core import Callback
-    from ddpm_nb.core import seed_everything
-    from ddpm_nb.data import image_dls
+def quality(name, bf16, last, data, goal=.157, most=1000, every=25, own=True):
+    "Seconds of training, without validation, to a held-out loss of `goal`; and the losses. Not `own`: plain modules"
+    from fastai.callback.core import Callback, CancelFitException
     from ddpm_nb.diffusion import Diffusion
+    from ddpm_nb.kit.data import image_dls
+    from ddpm_nb.kit.fast import plain
+    from ddpm_nb.kit.processes import seed_everything
     from ddpm_nb.learner import ddpm_learner
     class Watch(Callback):
         order, rows, spent = 100, [], 0.
         def before_train(self): self.start = time.perf_counter()
         def after_train(self): Watch.spent += time.perf_counter() - self.start
-        def after_epoch(self): Watch.rows.append((self.learn.ddpm.steps, Watch.spent, float(self.learn.recorder.values[-1][1])))
+        def after_epoch(self):
+            Watch.rows.append((self.learn.ddpm.steps, Watch.spent, float(self.learn.recorder.values[-1][1])))
         def before_epoch(self):
-            if Watch.rows and Watch.rows[-1][2] <= goal: from fastai.callback.core import CancelFitException; raise CancelFitException
+            if Watch.rows and Watch.rows[-1][2] <= goal: raise CancelFitException
     seed_everything(2024)
     net = network(name)
     if last: net.to(memory_format=torch.channels_last)
-    learn = ddpm_learner(image_dls(data, epoch_size=every*64), diffusion=Diffusion(net, image_size=32, timesteps=STEPS), cbs=Watch())
+    d = Diffusion(net, image_size=32, timesteps=STEPS)
+    learn = ddpm_learner(image_dls(data, epoch_size=every*64), diffusion=d, cbs=Watch())
+    if not own: plain(net)
     if bf16: learn.to_bf16()
     with learn.no_bar(), learn.no_logging(): learn.fit(most//every)
     return dict(seconds=Watch.spent, steps=Watch.rows[-1][0], loss=Watch.rows[-1][2], rows=Watch.rows)
 
 
-def use_plain():
-    "Put PyTorch's own operations into the place of the networks' fused ones, as the notebook of the U-Net does to prove them equal"
-    from ddpm_nb import unet
-    def ws_conv(self, x):
-        w = self.weight
-        w = (w - w.mean((1, 2, 3), keepdim=True))/(w.var((1, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
-        return F.conv2d(x, w, self.bias, padding=1)
-    def block(self, x, scale_shift=None):
-        x = self.norm(self.conv(x))
-        if scale_shift is None: return F.silu(x)
-        scale, shift = scale_shift[..., None, None].chunk(2, 1)
-        return F.silu(x*(1 + scale) + shift)
-    def attention(self, x):
-        split = lambda o: o.unflatten(-1, (self.heads, -1)).transpose(1, 2) # (b, h, n, d)
-        q, k, v = map(split, self.qkv(self.norm(unet.as_pixels(x))).chunk(3, -1))
-        o = q.softmax(-1)*q.shape[-1]**-.5@(k.softmax(-2).transpose(-1, -2)@v)
-        return x + unet.as_image(self.out_norm(self.out(o.transpose(1, 2).flatten(2))), x.shape)
-    unet.WSConv2d.forward, unet.Block.forward, unet.LinearAttention.forward, unet.attend = ws_conv, block, attention, F.scaled_dot_product_attention
-
-
 def held_out(name, plain, data, steps=1000):
     "Seconds of training and held-out loss after `steps`: at the defaults, or in float32 with plain modules"
-    if plain: use_plain()
-    r = quality(name, not plain, True, data, goal=0, most=steps, every=steps)
+    r = quality(name, not plain, True, data, goal=0, most=steps, every=steps, own=not plain)
     return dict(seconds=r['seconds'], loss=r['loss'])
 
 
@@ -193,9 +181,10 @@ def limit(bf16):
 
 
 def apart(f, *args):
-    "Call a function of this file in a process of its own; ours keeps freed memory, which is its default, and `KEEP` gives that to the peers too"
-    code = f"import sys, json; sys.path.insert(0, {str(HERE)!r}); import bench, ddpm_nb.core as c\n" \
-           f"if {args[:1]!r}[0] not in bench.PEERS or {bool(os.environ.get('KEEP'))}: c.keep_freed_memory()\n" \
+    "`f(*args)` in a process of its own; ours keeps freed memory, which is its default, and `KEEP` lets the peers too"
+    keep = args[0] not in PEERS or bool(os.environ.get('KEEP'))
+    code = f"import sys, json; sys.path.insert(0, {str(HERE)!r}); import bench, ddpm_nb.kit.fast as k\n" \
+           f"if {keep}: k.keep_freed_memory()\n" \
            f"print('=>', json.dumps(bench.{f.__name__}(*{args!r})))"
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     if r.returncode: sys.exit(f'{f.__name__}{args}\n{r.stderr}')
@@ -204,8 +193,12 @@ def apart(f, *args):
 
 def machine():
     "What the figures were measured on"
-    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if 'model name' in l), platform.processor()) if Path('/proc/cpuinfo').exists() else platform.processor()
-    return dict(**dict(gpu=torch.cuda.get_device_name()) if DEV == 'cuda' else {}, cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version(), system=platform.system(),
+    info = Path('/proc/cpuinfo')
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((l.split(':')[1].strip() for l in lines if 'model name' in l), platform.processor())
+    gpu = dict(gpu=torch.cuda.get_device_name()) if DEV == 'cuda' else {}
+    return dict(**gpu, cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__,
+                python=platform.python_version(), system=platform.system(),
                 gflops_fp32=round(apart(limit, False)), gflops_bf16=round(apart(limit, True)))
 
 
@@ -235,7 +228,8 @@ def bench(
 ):
     "Measure, print, and keep"
     global DEV
-    if device != 'cpu' and (device != 'cuda' or what not in ('step', 'sample')): refuse('device', f'{device!r} for {what}', 'cpu, or cuda for step and sample')
+    if device != 'cpu' and (device != 'cuda' or what not in ('step', 'sample')):
+        refuse(f'device must be cpu, or cuda for step and sample, but is {device!r} for {what}')
     os.environ['DEVICE'] = DEV = device
     names, out = OURS + PEERS, Path(out)
     kept = json.loads(out.read_text()) if out.exists() else {}
@@ -253,27 +247,34 @@ def bench(
         res['sample'] = in_turn(sample, OURS + PEERS[:1], choices, min(rounds, 2), 128, 4)
         show('sampling 512 images at T = 50, ms an image', res['sample'])
     if what in ('all', 'memory'):
-        res['memory'] = {f'{w} {n}': apart(memory, w, n) for w,n in (('train', 20), ('sample', 100), ('sample', 10_000))}
+        work = ('train', 20), ('sample', 100), ('sample', 10_000)
+        res['memory'] = {f'{w} {n}': apart(memory, w, n) for w,n in work}
         print('\npeak memory, MiB', res['memory'])
     if what in ('all', 'score'):
         res['score'] = {k: [apart(score, k) for _ in range(2)] for k in ('ours', 'clean-fid')}
         print('\nfeatures of 512 images, s', res['score'])
     if what in ('all', 'growth'):
-        grow = lambda n, **kw: apart(step, n, True, n in OURS, False, *(kw.get(k, v) for k,v in dict(batch=32, size=32, dim=16).items()), 5)
+        usual = dict(batch=32, size=32, dim=16)
         axes = dict(batch=(8, 16, 32, 64, 128), size=(16, 32, 64), dim=(8, 16, 32))
-        res['growth'] = {k: {n: [(v, grow(n, **{k: v})) for v in vs] for n in OURS + PEERS[:1]} for k,vs in axes.items()}
-        res['growth']['T'] = {n: [(t, apart(sample, n, True, n in OURS, False, 64, 64, t)) for t in (10, 25, 50)] for n in OURS + PEERS[:1]}
+        grow = lambda n, **kw: apart(step, n, True, n in OURS, False, *(usual | kw).values(), 5)
+        over_t = lambda n: [(t, apart(sample, n, True, n in OURS, False, 64, 64, t)) for t in (10, 25, 50)]
+        names = OURS + PEERS[:1]
+        res['growth'] = {k: {n: [(v, grow(n, **{k: v})) for v in vs] for n in names} for k,vs in axes.items()}
+        res['growth']['T'] = {n: over_t(n) for n in names}
         print('\ngrowth', json.dumps(res['growth']))
     if what == 'quality':
         res['quality'] = {}
         for n in ('diffusers', 'lean', 'assignment'):
-            res['quality'][n] = dict(setting=res['step'][n]['setting'], **apart(quality, n, *res['step'][n]['setting'][:2], data))
-            r = res['quality'][n]
+            setting = res['step'][n]['setting']
+            r = res['quality'][n] = dict(setting=setting, **apart(quality, n, *setting[:2], data))
             out.write_text(json.dumps(kept, indent=1))
-            print(f"{n:14} {r['seconds']:6.0f} s to {r['loss']:.4f} at step {r['steps']}  {r['seconds']/res['quality']['diffusers']['seconds']:.2f} of diffusers")
+            ratio = r['seconds']/res['quality']['diffusers']['seconds']
+            print(f"{n:14} {r['seconds']:6.0f} s to {r['loss']:.4f} at step {r['steps']}  {ratio:.2f} of diffusers")
     if what == 'plain':
         res['plain'] = {n: {k: apart(held_out, n, k == 'plain', data) for k in ('default', 'plain')} for n in OURS}
-        for n,r in res['plain'].items(): print(f"{n:12} {r['default']['loss']:.5f} at the defaults, {r['plain']['loss']:.5f} in fp32 with plain modules: {r['default']['loss']/r['plain']['loss']:.3f}")
+        for n,r in res['plain'].items():
+            ours, plain = r['default']['loss'], r['plain']['loss']
+            print(f'{n:12} {ours:.5f} at the defaults, {plain:.5f} in fp32 with plain modules: {ours/plain:.3f}')
     if what == 'compile':
         res['compile'] = {k: apart(compiled, k == 'compiled') for k in ('eager', 'compiled')}
         print('\ntorch.compile', res['compile'])
