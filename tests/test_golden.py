@@ -1,5 +1,5 @@
 """The main job, held to what another implementation computed (golden/make.py), and to the statistics of Algorithm 1."""
-import csv, io, json, math, re, sys
+import csv, inspect, io, json, math, re, sys
 from pathlib import Path
 
 import matplotlib
@@ -9,7 +9,7 @@ from fastai.optimizer import SGD
 from PIL import Image
 from torch import nn
 
-from ddpm_nb.diffusion import Diffusion, ancestral
+from ddpm_nb.diffusion import Diffusion, ancestral, step_back
 from ddpm_nb.fid import Features, Network, compute_fid, fid_floor, fid_infinity, frechet_distance, kid, precision_recall
 from ddpm_nb.forward import q_chain, q_sample, q_step
 from ddpm_nb.kit.data import decode, image_dls
@@ -19,8 +19,8 @@ from ddpm_nb.kit.plots import backward_strip, forward_strip, part_times, plot_lo
 from ddpm_nb.kit.scores import EfficientNetFeatures, FIDCallback, reference
 from ddpm_nb.learner import ddpm_learner
 from ddpm_nb.loss import bits_per_dim, bound_terms
-from ddpm_nb.sampling import ddim
-from ddpm_nb.schedule import SCHEDULES, Schedule
+from ddpm_nb.sampling import ddim, ddim_step, ddim_times
+from ddpm_nb.schedule import SCHEDULES, Schedule, cosine_schedule
 from ddpm_nb.unet import Unet
 
 sys.path.insert(0, str(Path(__file__).parent/'golden'))
@@ -81,6 +81,20 @@ def test_training_step(form):
     grads = [p.grad for _, p in sorted(d.model.named_parameters())]
     near(torch.stack([g.norm() for g in grads]), gold('step/grads'))
     near(torch.stack([g.sum() for g in grads]), gold('step/grad_sums'))
+
+
+def test_defaults():
+    "Of the starter code, so that its readers find what they know"
+    def of(f): return {k: p.default for k, p in inspect.signature(f).parameters.items() if p.default is not p.empty}
+    mults = (1, 2, 4, 8)
+    assert of(Unet) == dict(dim=16, init_dim=None, out_dim=None, dim_mults=mults, channels=3, resnet_block_groups=8,
+                            attention='all')
+    assert sum(p.numel() for p in Unet().parameters()) == 2465827
+    assert [Unet(8, dim_mults=mults[:n]).downsampling for n in (1, 2, 3)] == [1, 2, 4]
+    assert of(Diffusion) == dict(channels=3, timesteps=1000, schedule='cosine')
+    assert of(Diffusion.sample)['batch_size'] == 16 and of(cosine_schedule) == dict(s=.008)
+    want = dict(dim=16, dim_mults=mults, timesteps=50, lr=1e-3, accumulate=2, ema=.9995, schedule='cosine')
+    assert {k: of(ddpm_learner)[k] for k in want} == want
 
 
 # --- Algorithm 1
@@ -363,7 +377,7 @@ def test_schedules(name):
     near(q_chain(s, torch.tensor(x), 8, in_order(torch.tensor(z))), want, 1e-12)
 
 
-def eps(name, a):
+def eps_of(name, a):
     "The denoiser of a chain's name, for PyTorch"
     abar = torch.tensor(np.cumprod(a))
     def at(t): return t[:, None, None, None]
@@ -379,7 +393,7 @@ def test_chains(name):
     def noise_like(x):
         asked.append(x.shape)
         return zs[len(asked) - 1]
-    steps = list(sampler(eps(name, a), Schedule(torch.tensor(a), dtype=torch.float64), x, noise_like, **kwargs))
+    steps = list(sampler(eps_of(name, a), Schedule(torch.tensor(a), dtype=torch.float64), x, noise_like, **kwargs))
     assert all(o == x.shape for o in asked)
     times = [T - 1 if kwargs.get('start') is None else kwargs['start']]
     while times[-1] and f is make.ancestral: times.append(times[-1] - 1)
@@ -395,11 +409,11 @@ def test_an_oracle_makes_its_images():
     "The exact oracle of Gaussian images: without noise the chain maps x_T to mean + std·x_T, up to the steps' size"
     a, x = make.cosine(100), torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None, None, None]
     s = Schedule(torch.tensor(a), dtype=torch.float64)
-    *_, (_, y, _) = ddim(eps('oracle', a), s, x, clamp=False)
+    *_, (_, y, _) = ddim(eps_of('oracle', a), s, x, clamp=False)
     near(y, .2 + .4*x, .04)
     torch.manual_seed(0)
     for f, kwargs in ((ancestral, {}), (ddim, dict(eta=1.)), (ddim, dict(eta=.5, steps=50))):
-        *_, (_, y, _) = f(eps('oracle', a), s, torch.randn(4, 1, 32, 32, dtype=torch.float64), clamp=False, **kwargs)
+        *_, (_, y, _) = f(eps_of('oracle', a), s, torch.randn(4, 1, 32, 32, dtype=torch.float64), clamp=False, **kwargs)
         assert abs(y.mean() - .2) < .03 and abs(y.std() - .4) < .03
 
 
@@ -442,6 +456,24 @@ def test_sampling_draws_from_its_generator():
     *_, (want, _) = make.ancestral(make.fake, make.cosine(6), x, [*zs, 0])
     torch.manual_seed(3)
     near(d.sample(2), (want.clip(-1, 1) + 1)/2, 1e-4)
+
+
+def test_steps():
+    a, (x, x_0, z) = make.cosine(8), (torch.tensor(o) for o in (GOLD['chains/x'], *GOLD['chains/zs'][:2]))
+    s, ab = Schedule(torch.tensor(a), dtype=torch.float64), np.cumprod(a)
+    for t, to in ((7, 6), (5, 1), (3, -1), (0, -1)):
+        b = ab[to] if to >= 0 else 1.
+        eps = (x - np.sqrt(ab[t])*x_0)/np.sqrt(1 - ab[t])
+        near(ddim_step(s, x, x_0, t, to), np.sqrt(b)*x_0 + np.sqrt(1 - b)*eps, 1e-9)
+        var = .49*(1 - b)/(1 - ab[t])*(1 - ab[t]/b)
+        near(ddim_step(s, x, x_0, t, to, z, .7), np.sqrt(b)*x_0 + np.sqrt(1 - b - var)*eps + np.sqrt(var)*z, 1e-9)
+    assert ddim_times(50, 5) == [49, 37, 24, 12, 0] and ddim_times(50, 2) == [49, 0] and ddim_times(50, 1) == [49]
+    assert ddim_times(7) == ddim_times(7, 7) == [6, 5, 4, 3, 2, 1, 0]
+    t, fake = torch.full((3,), 5), eps_of('fake', a)
+    want = make.guess(a, x.numpy(), 5, make.fake(x.numpy(), 5), True)
+    mean, guess = step_back(fake, s, x, t)
+    near(guess, want, 3e-5)
+    near(mean, make.posterior(a, x.numpy(), want, 5)[0], 3e-5)
 
 
 # --- The bound
@@ -556,7 +588,7 @@ def test_a_run_is_scored(tmp_path):
 
 def test_forward_strip_has_one_noise():
     d, x = fake_diffusion(T=50), gold('chains/x').float().clamp(-1, 1)
-    times, zs = [0, 12, 25, 37, 49], torch.randn(5, *x.shape, generator=torch.Generator().manual_seed(0))
+    times, zs = [0, 12, 25, 37, 49], torch.randn(9, *x.shape, generator=torch.Generator().manual_seed(0))
     assert part_times(50) == times
     got = forward_strip(given(d, zs), x)
     ab = np.cumprod(make.cosine(50))[times].reshape(5, 1, 1, 1, 1)

@@ -124,7 +124,7 @@ def unet(w, c, x, t):
 
 def make_unet(r):
     for name, c in NETS.items():
-        x = torch.tensor(r.standard_normal((3, c['channels'], 8, 8)).astype('f'))
+        x = torch.tensor(r.standard_normal((3, c['channels'], 8, 12)).astype('f'))
         t = torch.tensor([0, 7, 49])
         w = drawn(c)
         yield f'{name}/x', x
@@ -217,6 +217,7 @@ CHAINS = { # name: sampler, its arguments, number of steps T
     'ancestral fake from 4': (ancestral, dict(start=4), 8),
     **{f'ddim {n} eta={e} steps={s} clamp={c}': (ddim, dict(eta=e, steps=s, clamp=c), 8)
        for n, c in (('fake', True), ('oracle', False)) for e in (0., .5, 1.) for s in (8, 5, 3)},
+    'ddim fake eta=1.0 steps=2': (ddim, dict(eta=1., steps=2), 8),
     'ddim fake eta=0.0 steps=1': (ddim, dict(steps=1), 8),
     'ddim fake clamp=False': (ddim, dict(clamp=False), 8)}
 
