@@ -1,4 +1,4 @@
-"`CONTRIBUTING.md` and the workflows on GitHub: the programs in the one run, and the steps of the others are written down there."
+"`CONTRIBUTING.md` and the workflows on GitHub: the programs in the one run, the steps of the others are in it."
 import re
 from configparser import ConfigParser
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest, yaml
 top = Path(__file__).parent.parent
 text = (top/'CONTRIBUTING.md').read_text()
 workflows = sorted((top/'.github'/'workflows').glob('*.yml'))
-programs = re.findall(r'^## Add an? (.+?)\n.*?^```python\n(.*?)^```', text, re.M | re.S)
+programs = re.findall(r'^## Add an? ([\w ]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```', text, re.M | re.S)
 
 
 @pytest.mark.parametrize('name,src', programs, ids=[o for o,_ in programs])
@@ -22,7 +22,8 @@ def test_program_runs_as_written(name, src, tmp_path, monkeypatch):
     exec(compile(src, f'CONTRIBUTING.md, Add a {name}', 'exec'), {'__name__': 'contributing'})
 
 
-def test_there_is_a_program_of_each_kind(): assert [o for o,_ in programs] == ['sampler', 'schedule', 'data set'] and text.count('```python') == 3
+def test_there_is_a_program_of_each_kind():
+    assert [o for o,_ in programs] == ['sampler', 'schedule', 'data set'] and text.count('```python') == 3
 
 
 def test_links_lead_somewhere():
@@ -42,7 +43,8 @@ def test_workflow_is_careful_and_written_down(path):
         for s in job['steps']:
             if 'uses' in s:
                 assert re.fullmatch(r'(actions|quarto-dev|pypa)/[\w/-]+@(v\d+|release/v\d+)', s['uses'])
-                if 'checkout' in s['uses']: assert s['with']['persist-credentials'] is False # the default keeps a token where any step can read it
+                if 'checkout' in s['uses']: # the default keeps a token where any step can read it
+                    assert s['with']['persist-credentials'] is False
             else:
                 assert s['run'] in text, s['run']
                 assert '${{' not in s['run'] # what GitHub pastes into a command can be chosen by others
@@ -51,5 +53,7 @@ def test_workflow_is_careful_and_written_down(path):
 def test_tested_versions_are_those_of_the_metadata():
     ini = ConfigParser(delimiters=['='])
     ini.read(top/'settings.ini')
-    matrix = yaml.safe_load((top/'.github/workflows/test.yml').read_text())['jobs']['develop']['strategy']['matrix']
-    assert matrix['python'] == ini['DEFAULT']['python_versions'].split() and {o.split('-')[0] for o in matrix['os']} == {'ubuntu', 'macos'}
+    jobs = yaml.safe_load((top/'.github/workflows/test.yml').read_text())['jobs']
+    matrix = jobs['develop']['strategy']['matrix']
+    assert matrix['python'] == ini['DEFAULT']['python_versions'].split()
+    assert {o.split('-')[0] for o in matrix['os']} == {'ubuntu', 'macos'}
