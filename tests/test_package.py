@@ -16,7 +16,8 @@ cfg = ini['DEFAULT']
 
 def files(*folders):
     "What is of the project in `folders`, without what git ignores"
-    names = subprocess.check_output(['git', 'ls-files', '-z', '-co', '--exclude-standard', *folders], cwd=top, text=True).split('\0')
+    ls = ['git', 'ls-files', '-z', '-co', '--exclude-standard', *folders]
+    names = subprocess.check_output(ls, cwd=top, text=True).split('\0')
     return [o for o in names if o and (top/o).exists()]
 
 
@@ -46,22 +47,25 @@ def in_package(): return set(files('ddpm_nb'))
 
 
 def test_the_package_has_modules_and_data_only():
-    odd = [o for o in in_package() if not re.fullmatch(r'ddpm_nb/((foundations/)?\w+\.py|py\.typed|weights/(model\.safetensors|config\.json|README\.md))', o)]
-    assert odd == [] and 'ddpm_nb/py.typed' in in_package()
+    known = r'ddpm_nb/((kit/)?\w+\.py|py\.typed|weights/(model\.safetensors|config\.json|README\.md))'
+    assert [o for o in in_package() if not re.fullmatch(known, o)] == [] and 'ddpm_nb/py.typed' in in_package()
 
 
 def test_wheel_has_the_package_and_nothing_else(wheel):
     info = f"ddpm_nb-{cfg['version']}.dist-info/"
-    assert set(wheel) == in_package() | {info + o for o in ('METADATA', 'WHEEL', 'RECORD', 'entry_points.txt', 'top_level.txt', 'licenses/LICENSE')}
+    about = 'METADATA', 'WHEEL', 'RECORD', 'entry_points.txt', 'top_level.txt', 'licenses/LICENSE'
+    assert set(wheel) == in_package() | {info + o for o in about}
     assert all(wheel[o] == (top/o).read_bytes() for o in in_package())
     assert wheel[info + 'licenses/LICENSE'] == (top/'LICENSE').read_bytes()
 
 
 def test_sdist_has_what_builds_it_and_nothing_else(dist):
     root = f"ddpm_nb-{cfg['version']}/"
-    with tarfile.open(next(dist.glob('*.tar.gz'))) as t: names = {o.name.removeprefix(root) for o in t.getmembers() if o.isfile()}
+    with tarfile.open(next(dist.glob('*.tar.gz'))) as t:
+        names = {o.name.removeprefix(root) for o in t.getmembers() if o.isfile()}
     made = {o for o in names if o in ('PKG-INFO', 'setup.cfg') or o.startswith('ddpm_nb.egg-info/')}
-    assert names - made == in_package() | {'settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE', 'CHANGELOG.md'}
+    builds = {'settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE', 'CHANGELOG.md'}
+    assert names - made == in_package() | builds
 
 
 def test_the_version_has_one_place(meta):
@@ -71,8 +75,10 @@ def test_the_version_has_one_place(meta):
 def test_the_changelog_keeps_its_form():
     text = (top/'CHANGELOG.md').read_text()
     heads = re.findall(r'^## (.*)$', text, re.M)
-    assert heads[0] == '[Unreleased]' and [o for o in heads[1:] if not re.fullmatch(r'\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d', o)] == []
-    assert set(re.findall(r'^### (.*)$', text, re.M)) <= {'Added', 'Changed', 'Deprecated', 'Removed', 'Fixed', 'Security'}
+    dated = r'\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d'
+    assert heads[0] == '[Unreleased]' and [o for o in heads[1:] if not re.fullmatch(dated, o)] == []
+    kinds = {'Added', 'Changed', 'Deprecated', 'Removed', 'Fixed', 'Security'}
+    assert set(re.findall(r'^### (.*)$', text, re.M)) <= kinds
     for o in heads: assert re.search(rf"^{re.escape(o.split(' ')[0])}: {cfg['git_url']}/", text, re.M), o
 
 
@@ -83,8 +89,9 @@ def test_metadata_is_complete(meta):
     assert meta['License-Expression'] == 'Apache-2.0' and meta['Requires-Python'] == f">={cfg['min_python']}"
     classes = meta.get_all('Classifier')
     assert [o.split()[-1] for o in classes if re.search(r':: 3\.\d+$', o)] == cfg['python_versions'].split()
-    assert 'Typing :: Typed' in classes and not [o for o in classes if o.startswith('License')] # the expression is in their place
-    assert set(meta.get_all('Provides-Extra')) == {'offline', 'wandb', 'tensorboard', 'bench', 'dev'}
+    assert 'Typing :: Typed' in classes
+    assert not [o for o in classes if o.startswith('License')] # the expression is in their place
+    assert set(meta.get_all('Provides-Extra')) == {'offline', 'processes', 'wandb', 'tensorboard', 'bench', 'dev'}
 
 
 def test_classifiers_are_known(meta):
@@ -92,13 +99,15 @@ def test_classifiers_are_known(meta):
 
 
 def test_pypi_takes_the_readme_and_its_links_lead_out(dist, meta):
-    r = subprocess.run([sys.executable, '-m', 'twine', 'check', '--strict', *dist.iterdir()], capture_output=True, text=True)
+    check = [sys.executable, '-m', 'twine', 'check', '--strict', *dist.iterdir()]
+    r = subprocess.run(check, capture_output=True, text=True)
     assert r.returncode == 0, r.stdout + r.stderr
     text = meta.get_payload()
     links = re.findall(r'\]\(([^)]+)\)', text)
     assert len(links) > 10 and [o for o in links if not o.startswith(('https://', '#'))] == []
     for o in links: # what is of this repository is in it
-        if m := re.match(rf"{cfg['git_url']}/(?:blob|raw)/{cfg['branch']}/([^#]+)", o): assert (top/m[1]).exists(), o
+        m = re.match(rf"{cfg['git_url']}/(?:blob|raw)/{cfg['branch']}/([^#]+)", o)
+        assert not m or (top/m[1]).exists(), o
     assert f"{cfg['git_url']}/raw/{cfg['branch']}/nbs/images" in text
 
 

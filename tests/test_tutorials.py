@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import command
-from ddpm_nb.fid import NETWORKS
-from ddpm_nb.plots import read_losses
+from ddpm_nb.kit.plots import read_losses
+from ddpm_nb.kit.scores import NETWORKS
 from ddpm_nb.train import train_diffusion
 from test_afhq import jpeg, make_zip, server
 
@@ -33,7 +33,8 @@ def cells(name):
 def shown(cell):
     "A cell that says what kind of thing its last expression is"
     tree = ast.parse(cell)
-    if isinstance(tree.body[-1], ast.Expr): tree.body[-1].value = ast.parse(f'print("shown:", type({ast.unparse(tree.body[-1].value)}).__name__)', mode='eval').body
+    if isinstance(last := tree.body[-1], ast.Expr):
+        tree.body[-1] = ast.parse(f'print("shown:", type({ast.unparse(last.value)}).__name__)').body[0]
     return ast.unparse(tree)
 
 
@@ -53,7 +54,8 @@ def tutorial(newest, tmp_path, cache):
         work = tmp_path/'work'
         work.mkdir(exist_ok=True)
         (work/'tutorial.py').write_text(text)
-        env = os.environ | dict(PYTHONPATH=str(path), XDG_CACHE_HOME=str(cache), MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='', no_proxy='*')
+        env = os.environ | dict(PYTHONPATH=str(path), XDG_CACHE_HOME=str(cache), MPLBACKEND='agg', no_proxy='*')
+        env['CUDA_VISIBLE_DEVICES'] = ''
         r = command('python', 'tutorial.py', cwd=work, bin=newest, env=env)
         assert r.returncode == 0, r.stderr[-3000:]
         return r.stdout + r.stderr
@@ -62,9 +64,11 @@ def tutorial(newest, tmp_path, cache):
 
 def check(out, results, n=8):
     "All is there: pictures shown, losses of each step, scores of the first part, samples"
-    assert re.findall('shown: (.*)', out) == ['device', 'Figure', 'PngImageFile', 'PngImageFile', 'PngImageFile', 'Figure', 'Figure', 'Score']
+    png, strip = ['PngImageFile'], ['Picture']
+    assert re.findall('shown: (.*)', out) == ['device', 'Picture', *png*3, *strip*2, 'Score']
     assert [r[0] for r in read_losses(results/'loss.csv')] == [1, 2, 3, 4, 5]
-    assert {'loss.png', 'fid.png', 'sample_1.png', 'sample_3.png', 'forward_diffusion.png', 'backward_diffusion.png'} <= {p.name for p in results.iterdir()}
+    pictures = 'loss', 'fid', 'sample_1', 'sample_3', 'forward_diffusion', 'backward_diffusion'
+    assert {f'{o}.png' for o in pictures} <= {p.name for p in results.iterdir()}
     assert len(list((results/'samples').glob('*.png'))) == n
     assert not list(results.parent.glob('results.*')) # no run was begun anew
 
@@ -77,7 +81,8 @@ def test_colab_afhq_on_drive_goes_on_after_a_cut_off(tutorial, server, tmp_path)
     colab = tmp_path/'modules'/'google'/'colab'
     colab.mkdir(parents=True)
     for p in (colab.parent, colab): (p/'__init__.py').touch()
-    (colab/'drive.py').write_text('from pathlib import Path\ndef mount(p): Path(p, "MyDrive").mkdir(parents=True, exist_ok=True); print("mounted", p)')
+    (colab/'drive.py').write_text('from pathlib import Path\ndef mount(p):\n'
+                                  '    Path(p, "MyDrive").mkdir(parents=True, exist_ok=True); print("mounted", p)')
     kw = dict(url=server.url, path=colab.parents[1], data='afhq', save_folder='/content/drive/MyDrive/results')
     results = tmp_path/'content'/'drive'/'MyDrive'/'results'
     assert f'mounted {tmp_path}/content/drive' in tutorial('colab', **kw, train_steps=3)
@@ -109,7 +114,8 @@ def test_colab_uploaded_zip(tutorial, tmp_path):
 def test_kaggle_attached(tutorial, tmp_path, kind):
     kaggle = tmp_path/'kaggle'
     for p in ('working', 'input/a_notes', 'input/cats'): (kaggle/p).mkdir(parents=True)
-    with zipfile.ZipFile(kaggle/'input'/'a_notes'/'a.zip', 'w') as z: z.writestr('notes.txt', 'no image') # not what is looked for
+    with zipfile.ZipFile(kaggle/'input'/'a_notes'/'a.zip', 'w') as z: # not what is looked for
+        z.writestr('notes.txt', 'no image')
     found = kaggle/'input'/'cats'/('afhq.zip' if kind == 'zip' else '')
     if kind == 'zip': found.write_bytes(afhq())
     else: zipfile.ZipFile(io.BytesIO(afhq())).extractall(found)
@@ -137,8 +143,10 @@ def test_parameters_are_the_assignments(name):
         exec(next(c for c in cells(name) if c.startswith('# Parameters')), res)
         return SimpleNamespace(**res)
     p = params('cuda')
-    assert (p.quick, p.first_steps, p.train_steps, p.save_and_sample_every, p.fid, p.fid_samples) == (False, 1000, 10_000, 100, True, 512)
-    assert p.settings == dict(data_class='cat', time_steps=50, unet_dim=16, image_size=32, batch_size=32, learning_rate=1e-3)
+    assert not p.quick and (p.first_steps, p.train_steps, p.save_and_sample_every) == (1000, 10_000, 100)
+    assert p.fid and p.fid_samples == 512
+    assert p.settings == dict(data_class='cat', time_steps=50, unet_dim=16, image_size=32, batch_size=32,
+                              learning_rate=1e-3)
     assert all(signature(train_diffusion).parameters[k].default == v for k,v in p.settings.items())
     assert p.network in NETWORKS and params('cpu').quick
 
