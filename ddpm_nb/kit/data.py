@@ -74,10 +74,10 @@ class Files:
 
     def read(self, name:str)->bytes:
         "What is in the file `name`; raises one of `UNREADABLE` where it can't be read"
-        info = self.zip and self.zip.getinfo(name)
+        info = self.zip.getinfo(name) if self.zip else None
         n = info.file_size if info else (self.path/name).stat().st_size
         if n > MAX_BYTES: raise ValueError(f'{n} bytes, more than {MAX_BYTES}')
-        if not info: return (self.path/name).read_bytes()
+        if not self.zip or not info: return (self.path/name).read_bytes()
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): raise ValueError('a rare compression')
         with self.zip.open(info) as f: return f.read(n + 1) # to its end, where the checksum is looked at
 
