@@ -24,7 +24,6 @@ AFHQ_URL = 'https://www.dropbox.com/s/vkzjokiwof5h8w6/afhq_v2.zip?dl=1'
 AFHQ_NOTE = ('AFHQ v2, (c) NAVER Corp., licence CC BY-NC 4.0: non-commercial use, credit Choi, Uh, Yoo and Ha, '
              '"StarGAN v2" (CVPR 2020), https://github.com/clovaai/stargan-v2')
 
-# %% ../../nbs/kit/afhq.ipynb #2322032f
 class Corrupt(BadInput): "A zip that is damaged or cut short: only another copy helps"
 
 # %% ../../nbs/kit/afhq.ipynb #5ae3cb4c

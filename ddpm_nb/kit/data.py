@@ -31,10 +31,8 @@ THREADS = min(8, os.cpu_count() or 1) # decode
 # %% ../../nbs/kit/data.ipynb #5f1a9615
 EXTS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')
 
-def is_image_name(
-    name:str, # A file's name, with `/` between folders
-)->bool: # Does it name a picture?
-    "Does the ending say picture, and is it none of the hidden files that operating systems add?"
+def is_image_name(name:str)->bool:
+    "Does the ending of the file say picture, and is it none of the hidden files that operating systems add?"
     p = PurePosixPath(name)
     return p.suffix.lower() in EXTS and not any(o.startswith(('.', '__MACOSX')) for o in p.parts)
 
@@ -43,10 +41,8 @@ UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, R
               zipfile.BadZipFile, Image.DecompressionBombError)
 
 # %% ../../nbs/kit/data.ipynb #f5fbe23c
-def walk(
-    root:Path, # A folder
-)->Iterator[str]: # Yields names of files below it, with `/` between folders
-    "All files of a folder and the folders in it, linked ones too, each folder once"
+def walk(root:Path)->Iterator[str]:
+    "Names of all files below `root`, with `/` between folders, in linked folders too, each folder once"
     seen = set()
     for folder, dirs, files in os.walk(root, followlinks=True):
         new = {d: os.path.realpath(os.path.join(folder, d)) for d in sorted(dirs)}
@@ -82,10 +78,8 @@ class Files:
         with self.zip.open(info) as f: return f.read(n + 1) # to its end, where the checksum is looked at
 
 # %% ../../nbs/kit/data.ipynb #5dffa1b3
-def splits(
-    names, # Names of image files, with `/` between folders
-)->dict: # {'train': {domain: names}, 'val': {domain: names}}
-    "Sort AFHQ's layout, or any other, into splits and domains"
+def splits(names)->dict:
+    "Names of image files by split and domain, {'train': {domain: names}, 'val': {…}}, in AFHQ's layout or any other"
     split_of, res = dict(train='train', val='val', test='val'), dict(train=defaultdict(list), val=defaultdict(list))
     layout = any('train' in PurePosixPath(o).parts[:-1] for o in names)
     for o in names:
@@ -98,15 +92,11 @@ def splits(
     return {k: dict(v) for k,v in res.items()}
 
 # %% ../../nbs/kit/data.ipynb #67836d63
-def hold_out(
-    names:list, # Names of at least two images
-    n_valid:int=512, # Held-out images at most
-)->tuple[list, list]: # Names of the training images and of the held-out ones
-    "A tenth of the images, at most `n_valid` and at least one, the same ones each time"
+def hold_out(names:list, n_valid:int=512)->tuple[list, list]:
+    "Names to train on, and a tenth to hold out, at least one and at most `n_valid`, the same ones each time"
     held = set(np.random.RandomState(0).permutation(len(names))[:min(n_valid, max(1, len(names)//10))].tolist())
     return [o for i,o in enumerate(names) if i not in held], [o for i,o in enumerate(names) if i in held]
 
-# %% ../../nbs/kit/data.ipynb #07456f3c
 def pick_names(
     names, # Names of image files
     data_class:str='cat', # A domain, or 'all'
@@ -123,10 +113,8 @@ def pick_names(
     return train, val[:n_valid]
 
 # %% ../../nbs/kit/data.ipynb #4511d010
-def to_rgb(
-    im:Image.Image, # A picture of any mode
-)->Image.Image: # The same in RGB
-    "8-bit RGB, on white where it is transparent"
+def to_rgb(im:Image.Image)->Image.Image:
+    "A picture of any mode as 8-bit RGB, on white where it is transparent"
     if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im).clip(0, 65535)//257).astype(np.uint8))
     if im.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in im.info:
         im = im.convert('RGBA')
@@ -136,11 +124,8 @@ def to_rgb(
 # %% ../../nbs/kit/data.ipynb #728cbda8
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF')
 
-def decode(
-    data:bytes, # An image file's content
-    size:int, # Height and width of the result, in pixels
-)->np.ndarray: # uint8, shape (3, size, size)
-    "The picture in `data`; raises one of `UNREADABLE` where there is none"
+def decode(data:bytes, size:int)->np.ndarray:
+    "The picture in `data`, uint8 (3, size, size); raises one of `UNREADABLE` where there is none"
     with Image.open(BytesIO(data), formats=FORMATS) as im:
         most = Image.MAX_IMAGE_PIXELS or math.inf
         if im.width*im.height > most: raise ValueError(f'{im.width}×{im.height} pixels, more than {most}')
@@ -206,14 +191,8 @@ class Images:
         with ThreadPoolExecutor(THREADS) as ex: return torch.stack(list(ex.map(one, idxs)))
 
 # %% ../../nbs/kit/data.ipynb #55b0bbb8
-def crop(
-    x:Tensor, # Pictures, uint8, shape (b, c, s, s)
-    size:int, # Height and width of the crop, in pixels
-    top:Tensor, # First row of each, from 0 to s - size, shape (b,)
-    left:Tensor, # First column of each, shape (b,)
-    flip:Tensor, # Mirror it? bool, shape (b,)
-)->Tensor: # uint8, shape (b, c, size, size), channels last in memory
-    "A crop of each picture, mirrored or not, in one look-up"
+def crop(x:Tensor, size:int, top:Tensor, left:Tensor, flip:Tensor)->Tensor:
+    "Each of (b, c, s, s) from row `top` and column `left` on, all (b,), mirrored where `flip`, channels last"
     i = torch.arange(size, device=x.device)
     rows = top[:, None] + i
     cols = left[:, None] + torch.where(flip[:, None], size - 1 - i, i)
@@ -221,30 +200,20 @@ def crop(
     return x[b, :, rows[:, :, None], cols[:, None]].permute(0, 3, 1, 2)
 
 # %% ../../nbs/kit/data.ipynb #eaca2451
-def train_view(
-    x:Tensor, # Pictures, uint8, shape (b, c, s, s)
-    size:int, # Height and width of the view, in pixels
-)->Tensor: # Values in [-1, 1], shape (b, c, size, size)
-    "A random crop and a coin flip of each picture"
+def train_view(x:Tensor, size:int)->Tensor:
+    "A random crop and a coin flip of each picture, uint8 (b, c, s, s), in [-1, 1] of shape (b, c, size, size)"
     room, b, device = x.shape[-1] - size + 1, len(x), x.device
     top, left = (torch.randint(room, (b,), device=device) for _ in range(2))
     x = crop(x, size, top, left, torch.rand(b, device=device) < .5)
     return x.float()/127.5 - 1
 
-# %% ../../nbs/kit/data.ipynb #7813b7ad
-def centre(
-    x:Tensor, # Pictures, shape (b, c, s, s)
-    size:int, # Height and width of the crop, in pixels
-)->Tensor: # Shape (b, c, size, size)
-    "The middle of each picture, as it is"
+def centre(x:Tensor, size:int)->Tensor:
+    "The middle (b, c, size, size) of each picture (b, c, s, s), as it is"
     o = (x.shape[-1] - size)//2
     return x[..., o:o+size, o:o+size]
 
-def eval_view(
-    x:Tensor, # Pictures, uint8, shape (b, c, s, s)
-    size:int, # Height and width of the view, in pixels
-)->Tensor: # Values in [-1, 1], shape (b, c, size, size)
-    "The middle of each picture"
+def eval_view(x:Tensor, size:int)->Tensor:
+    "The middle of each picture, uint8 (b, c, s, s), in [-1, 1] of shape (b, c, size, size)"
     return centre(x, size).contiguous(memory_format=torch.channels_last).float()/127.5 - 1
 
 # %% ../../nbs/kit/data.ipynb #944d4b3c

@@ -25,7 +25,6 @@ def as_pixels(x:Tensor)->Tensor:
     "Images (b, c, h, w) as lists of pixels (b, h·w, c), without a copy if `x` is channels last"
     return x.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
-# %% ../../nbs/kit/fast.ipynb #54082ab7
 def as_image(x:Tensor, shape)->Tensor:
     "Lists of pixels (b, n, c) as images of that shape (b, c, h, w), channels last"
     return x.view(shape[0], *shape[2:], -1).permute(0, 3, 1, 2)
@@ -35,7 +34,6 @@ def at_least_float(x:Tensor, copy=False)->Tensor:
     "`x` in a precision that sums can be taken in: float32, or float64 if `x` is; with `copy` a new tensor"
     return x.to(torch.promote_types(x.dtype, torch.float32), copy=copy)
 
-# %% ../../nbs/kit/fast.ipynb #cd8bdb5e
 class FastWSConv2d(WSConv2d):
     "`WSConv2d`, standardised in float32"
     def forward(self, x):
@@ -91,7 +89,6 @@ def scale_shifts(blocks, emb:Tensor)->tuple:
     w, b = torch.cat([o.weight for o in layers]), torch.cat([o.bias for o in layers])
     return F.linear(F.silu(emb), w, b).split([len(o.bias) for o in layers], 1)
 
-# %% ../../nbs/kit/fast.ipynb #3f19d0da
 class FastResBlock(ResBlock):
     "`ResBlock`, handed its scale and shift"
     def forward(self, x, shifts): # which yields each block's scale and shift
@@ -105,7 +102,6 @@ class FastAttention(Attention):
         o = rearrange(attend(q, k, v), 'b h n d -> b n (h d)')
         return x + as_image(self.out(o), x.shape)
 
-# %% ../../nbs/kit/fast.ipynb #32ecf268
 def attend(q:Tensor, k:Tensor, v:Tensor)->Tensor:
     "Full attention, all of shape (b, heads, n, d)"
     if q.device.type != 'cpu': return F.scaled_dot_product_attention(q, k, v)
@@ -199,7 +195,6 @@ def fast_bf16(
     has = (getattr(torch.cpu, o, lambda: False) for o in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
     return kind == 'cpu' and any(f() for f in has)
 
-# %% ../../nbs/kit/fast.ipynb #63420949
 def use_bf16(
     precision:str, # 'fp32', 'bf16', or 'auto': bf16 where the device multiplies it in hardware
     device='cpu', # Where the model runs
