@@ -5,13 +5,12 @@ import matplotlib, pytest
 from test_mutants import NBS, code_cells
 
 
-@pytest.mark.parametrize('name', ['05_elbo', 'foundations/01_convolution', 'foundations/02_sequences', 'foundations/04_vae'])
+@pytest.mark.parametrize('name', ['01_schedule', '03_posterior', '05_loss'])
 def test_checks_hold_for_the_module(name, monkeypatch):
-    monkeypatch.chdir((NBS/name).parent)
+    monkeypatch.chdir(NBS)
     matplotlib.use('Agg')
     warnings.simplefilter('ignore')
-    folder, _, stem = name.rpartition('/')
-    module = importlib.import_module('.'.join(['ddpm_nb', *folder.split('/')[:bool(folder)], stem.split('_', 1)[1]]))
+    module = importlib.import_module(f"ddpm_nb.{name.split('_', 1)[1]}")
     ns = {'__name__': name}
     for src in code_cells(name):
         exec(src, ns)
