@@ -4,28 +4,25 @@
 
 # %% auto #0
 __all__ = ['INCEPTION', 'INCEPTION_SHA256', 'NETWORKS', 'inception_path', 'inception', 'download_inception',
-           'EfficientNetFeatures', 'efficientnet', 'get_network', 'fingerprint', 'Batches', 'reference', 'load_samples',
-           'FIDCallback']
+           'EfficientNetFeatures', 'efficientnet', 'get_network', 'fingerprint', 'Batches', 'reference', 'FIDCallback']
 
 # %% ../../nbs/kit/scores.ipynb #f40d7a2f
 import hashlib, json, platform, sys
 from importlib.util import find_spec
-from io import BytesIO
 from pathlib import Path
 
 from .checks import *
 
 import numpy as np, torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback
 from fastai.learner import Recorder, ValueMetric
 from fastcore.xdg import xdg_cache_home
-from PIL import Image
 from torch import nn, Tensor
 
 from .files import *
 from .processes import *
 from .data import *
+from .runs import RunCallback
 from ..fid import *
 
 # %% ../../nbs/kit/scores.ipynb #33a36741
@@ -175,29 +172,8 @@ def reference(
     if net.key: keep(f, path)
     return f
 
-# %% ../../nbs/kit/scores.ipynb #0120f42c
-def load_samples(
-    path, # A folder or zip file of generated images, all of one size
-)->Tensor: # uint8, shape (n, 3, size, size)
-    "Generated images as they are"
-    files = Files(path)
-    sizes = {o: size_of(files, o) for o in files.names}
-    first, (w, h) = next(iter(sizes.items()))
-    if w != h: refuse(f'samples must be square, but {first} is of {w}×{h} pixels')
-    for o,(w2, h2) in sizes.items():
-        if (w2, h2) != (w, h):
-            refuse(f'samples must be of one size, but {first} is of {w}×{h} pixels and {o} of {w2}×{h2}')
-    return Images(files, files.names, w, limit=0).decode_all()
-
-# %% ../../nbs/kit/scores.ipynb #6705517b
-def size_of(files, name):
-    "Width and height of an image file, without decoding it"
-    try:
-        with Image.open(BytesIO(files.read(name)), formats=FORMATS) as im: return im.size
-    except UNREADABLE as e: refuse(f'samples: {name} cannot be read ({type(e).__name__})')
-
 # %% ../../nbs/kit/scores.ipynb #1ad7ede9
-class FIDCallback(Callback):
+class FIDCallback(RunCallback):
     "Score samples of the averaged model at the end of each epoch"
     order = Recorder.order - 1
     fields = 'step label value floor n n_real kid kid_se precision recall density coverage'.split()
@@ -214,7 +190,7 @@ class FIDCallback(Callback):
         self.metric = ValueMetric(lambda: self.rows[-1]['value'], 'fid' if net.label == 'FID' else net.label)
 
     def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder')
+        super().before_fit()
         if self.run and all(o is not self.metric for o in self.learn.metrics):
             self.learn.metrics = [*self.learn.metrics, self.metric]
 
