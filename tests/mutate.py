@@ -1,8 +1,8 @@
 """Runs tests against changed modules: `python mutate.py < jobs.json` writes a line of JSON for each job.
 
-A job is {name: dotted module, source: its changed source, guards: ['test_file:test_name', ...]}, or the same with the path
-of a notebook for the module. The libraries are loaded once; each job runs in a fork, where the changed source takes the
-place of the original, until a guard fails.
+A job is {name: dotted module, source: its changed source, guards: ['test_file:test_name', ...]}, or the same with the
+path of a notebook for the module. The libraries are loaded once; each job runs in a fork, where the changed source takes
+the place of the original, until a guard fails.
 """
 import importlib, importlib.util, itertools, json, os, sys, tempfile, warnings
 from importlib.machinery import SourceFileLoader

@@ -1,6 +1,7 @@
 """The main job, held to what another implementation computed (golden/make.py), and to the statistics of Algorithm 1."""
 import csv, inspect, io, json, math, re, sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np, pytest, torch
@@ -17,11 +18,11 @@ from ddpm_nb.kit.fast import fast
 from ddpm_nb.kit.files import load_diffusion, save_diffusion
 from ddpm_nb.kit.plots import backward_strip, forward_strip, part_times, plot_loss, plot_scores, show_strip
 from ddpm_nb.kit.scores import EfficientNetFeatures, FIDCallback, reference
-from ddpm_nb.learner import ddpm_learner
+from ddpm_nb.learner import DDPMCallback, DDPMLearner, EMACallback, ddpm_learner, ema_average
 from ddpm_nb.loss import bits_per_dim, bound_terms
 from ddpm_nb.sampling import ddim, ddim_step, ddim_times
 from ddpm_nb.schedule import SCHEDULES, Schedule, cosine_schedule
-from ddpm_nb.unet import Unet
+from ddpm_nb.unet import Block, ResBlock, Unet
 
 sys.path.insert(0, str(Path(__file__).parent/'golden'))
 import make
@@ -92,7 +93,10 @@ def test_defaults():
     assert sum(p.numel() for p in Unet().parameters()) == 2465827
     assert [Unet(8, dim_mults=mults[:n]).downsampling for n in (1, 2, 3)] == [1, 2, 4]
     assert of(Diffusion) == dict(channels=3, timesteps=1000, schedule='cosine')
-    assert of(Diffusion.sample)['batch_size'] == 16 and of(cosine_schedule) == dict(s=.008)
+    assert of(Diffusion.sample)['batch_size'] == of(DDPMLearner.sample)['n'] == 16
+    assert of(Block)['groups'] == of(ResBlock)['groups'] == 8 and of(cosine_schedule) == dict(s=.008)
+    assert of(ema_average) == of(EMACallback) == dict(decay=.9995) and of(DDPMCallback) == dict(seed=2024)
+    assert of(DDPMLearner.show_results)['max_n'] == 6
     want = dict(dim=16, dim_mults=mults, timesteps=50, lr=1e-3, accumulate=2, ema=.9995, schedule='cosine')
     assert {k: of(ddpm_learner)[k] for k in want} == want
 
@@ -225,6 +229,19 @@ def test_training_takes_adam_steps(tmp_path):
         shift -= 1e-3*m/(1 - .9**i)/(math.sqrt(v/(1 - .999**i)) + 1e-8)
         want.append(shift)
     near(np.array(rec.shifts)*1e3, np.array(want)*1e3, 1e-3)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    assert len(rec.images) == 12 and learn.ddpm.steps == 12 # all epochs of the next call, too
+
+
+def test_noise_for_more_held_out_images():
+    x, cb = torch.zeros(700, 1, 4, 4), DDPMCallback()
+    cb.learn = SimpleNamespace(iter=0, diffusion=SimpleNamespace(num_timesteps=5))
+    for _ in range(2):
+        parts = []
+        for cb.learn.iter, o in enumerate(x.split(250)): parts.append(cb.held_out(o))
+        _, noise, t = (torch.cat(o) for o in zip(*parts))
+        assert t.tolist() == [i % 5 for i in range(700)]
+        near(noise, torch.randn(700, 1, 4, 4, generator=torch.Generator().manual_seed(2024)), 1e-6)
 
 
 @pytest.mark.parametrize('decay', [.3, .9995])
@@ -278,6 +295,7 @@ def test_show_results_shows_guesses_of_the_image(tmp_path):
     plt.close('all')
     learn.show_results(max_n=5)
     shown = np.stack([ax.images[0].get_array() for ax in plt.gcf().axes if ax.images])
+    assert plt.gcf().axes[0].get_subplotspec().get_gridspec().get_geometry() == (3, 5)
     shown = shown.reshape(3, 5, 16, 16, 3).transpose(0, 1, 4, 2, 3)
     plt.close('all')
     x_0 = next(iter(learn.dls.valid))[0].as_subclass(torch.Tensor)[:5].numpy()
