@@ -39,10 +39,8 @@ def to_disk(path):
     finally: os.close(fd)
 
 @contextmanager
-def complete(
-    path, # File to write
-): # The name to write to, with the same ending, in the same folder
-    "Write a file completely or not at all; raises `CannotWrite`"
+def complete(path):
+    "The name to write `path` under, in its folder: it gets its own name complete, or not at all; raises `CannotWrite`"
     path = Path(path)
     tmp = path.with_name(f'.tmp-{path.name}')
     try:
@@ -92,10 +90,8 @@ def check_model(
         if v not in known: refuse(f"{k} must be one of {', '.join(known)}, but is {v!r}")
 
 # %% ../../nbs/kit/files.ipynb #9c12f3d8
-def config_of(
-    diffusion:Diffusion, # A model with a `Unet`, or another network that has a `config`
-)->dict: # Plain values
-    "All you need to build this model again"
+def config_of(diffusion:Diffusion)->dict:
+    "Plain values, all you need to build a model with a `Unet`, or with another network that has a `config`, again"
     d, net = diffusion, diffusion.model
     if not hasattr(net, 'config'): refuse(f'model must have a config, as a Unet does, but is a {type(net).__name__}')
     return dict(image_size=d.image_size, channels=d.channels, timesteps=d.num_timesteps, schedule=d.schedule_name,
@@ -111,14 +107,8 @@ def damage(path)->str:
     except wrong as e: return type(e).__name__
     return f'the checksum of {bad} is wrong' if bad else ''
 
-def save_diffusion(
-    diffusion:Diffusion, # The model
-    path, # File to write, by custom `model.pt`
-    step:int=0, # Steps trained so far
-    ema:nn.Module=None, # The same model with averaged weights
-    **extra # More to keep, tensors and plain values
-):
-    "Write a checkpoint, complete and verified or not at all; only the first process does. Raises `CannotWrite`"
+def save_diffusion(diffusion:Diffusion, path, step:int=0, ema:nn.Module=None, **extra):
+    "Write a checkpoint after `step` steps, with the averaged model `ema` and what else is given, verified, or nothing"
     if rank(): return
     state = dict(step=step, model=diffusion.state_dict(), config=config_of(diffusion), **extra)
     if ema is not None: state['ema'] = ema.state_dict()
@@ -133,11 +123,8 @@ def not_finite(o, name='')->list:
     if isinstance(o, dict): return [n for k,v in o.items() for n in not_finite(v, f'{name}.{k}' if name else str(k))]
     return [name] if isinstance(o, Tensor) and o.is_floating_point() and not o.isfinite().all() else []
 
-def read_checkpoint(
-    path, # A file that `save_diffusion` or `ddpm_train` wrote
-    device='cpu', # Where its tensors go
-)->dict: # Its content: `step`, `model`, `config` and more
-    "Read a checkpoint and make sure that it is one"
+def read_checkpoint(path, device='cpu')->dict:
+    "The content of a checkpoint (`step`, `model`, `config` and more), with its tensors on `device`; refuses all else"
     path = check_path('checkpoint', path)
     if not path.is_file(): refuse(f'{path} is not there. Give a checkpoint, such as ./results/model.pt')
     def no(why)->NoReturn: refuse(f'{path} is no checkpoint, or a damaged one: {why}')

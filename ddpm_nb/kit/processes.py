@@ -17,10 +17,8 @@ from torch import Tensor
 from .checks import *
 
 # %% ../../nbs/kit/processes.ipynb #2b01a66e
-def best_device(
-    device=None, # A name such as 'cpu', 'cuda:1', 'mps'; the best one at hand by default
-)->torch.device: # The device
-    "`device`, or else the first that is there of a CUDA GPU, an Apple GPU, the CPU"
+def best_device(device=None)->torch.device:
+    "The `device` of that name, or else the first that is there of a CUDA GPU, an Apple GPU, the CPU"
     gpu = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try: return torch.empty(0, device=gpu if device is None else device).device
     except (RuntimeError, AssertionError, TypeError) as e:
@@ -29,7 +27,7 @@ def best_device(
 
 # %% ../../nbs/kit/processes.ipynb #4a4cd683
 def seed_everything(seed:int=2024):
-    "Seed Python's, NumPy's and PyTorch's generators, with a number from 0 to 2³²-1"
+    "Seed Python's, NumPy's and PyTorch's generators, from 0 to 2³²-1"
     check_int('seed', seed, 0, 2**32-1)
     random.seed(seed)
     np.random.seed(seed)
@@ -37,7 +35,7 @@ def seed_everything(seed:int=2024):
 
 # %% ../../nbs/kit/processes.ipynb #c5f6428a
 def random_states(device='cpu')->dict:
-    "The states of Python's, NumPy's and PyTorch's generators, and of the GPU's if the model is on one"
+    "The states of Python's, NumPy's and PyTorch's generators, and a GPU's if the `device` is one, as plain values"
     (kind, keys, *rest), device = np.random.get_state(), torch.device(device)
     numpy = (kind, torch.tensor(keys, dtype=torch.int64), *rest)
     s = dict(python=random.getstate(), numpy=numpy, torch=torch.get_rng_state())
@@ -46,7 +44,7 @@ def random_states(device='cpu')->dict:
     return s
 
 def set_random_states(states:dict, device='cpu'):
-    "Put the generators back into what `random_states` returned"
+    "Put the generators back to what `random_states` returned"
     (kind, keys, *rest), device = states['numpy'], torch.device(device)
     random.setstate(states['python'])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
@@ -63,10 +61,8 @@ def rank()->int: # From 0 to `world() - 1`
     "The number of this process; number 0 is the one that writes"
     return dist.get_rank() if world() > 1 else 0
 
-def join_processes(
-    device=None, # A device's name; the best one by default
-)->torch.device: # The device of this process; with several GPUs, one of its own
-    "Join the processes that a launcher has started, if there is one"
+def join_processes(device=None)->torch.device:
+    "Join the processes that a launcher has started, if there is one; the device of this one"
     n = os.environ.get('WORLD_SIZE', '1')
     if n == '1': return best_device(device)
     if 'RANK' not in os.environ or not n.isdigit():
@@ -80,14 +76,14 @@ def join_processes(
 
 # %% ../../nbs/kit/processes.ipynb #6018aa03
 def in_shares(f, *xs:Tensor)->Tensor:
-    "`f(*xs)`, for batches `xs` that all processes have: each evaluates `f` on its share, and all get the whole"
+    "`f` of whole batches, the same in every process: each evaluates its share, all get the whole"
     if world() == 1: return f(*xs)
     from accelerate.utils import gather
     n, i = len(xs[0]), my_share(len(xs[0]))
     return gather(f(*(x[i] for x in xs)))[:n]
 
 def my_share(n:int)->list:
-    "Which of a batch of `n` this process takes: indices, as many for each process"
+    "Which indices of a batch of `n` this process takes; as many for each process"
     size = -(-n//world())
     return [i % n for i in range(rank()*size, (rank() + 1)*size)]
 
