@@ -1,8 +1,8 @@
 """Runs tests against changed modules: `python mutate.py < jobs.json` writes a line of JSON for each job.
 
 A job is {name: dotted module, source: its changed source, guards: ['test_file:test_name', ...]}, or the same with the
-path of a notebook for the module. The libraries are loaded once; each job runs in a fork, where the changed source takes
-the place of the original, until a guard fails.
+path of a notebook for the module. The libraries are loaded once; each job runs in a fork, where the changed source
+takes the place of the original, until a guard fails.
 """
 import importlib, importlib.util, itertools, json, os, sys, tempfile, warnings
 from importlib.machinery import SourceFileLoader
@@ -30,8 +30,10 @@ class Finder:
 def cases(f):
     "The keyword arguments that `pytest.mark.parametrize` calls for"
     marks = [m.args[:2] for m in getattr(f, 'pytestmark', ()) if m.name == 'parametrize']
-    named = [[dict(zip(names.split(','), v if ',' in names else (v,))) for v in values] for names, values in marks]
-    for o in itertools.product(*named): yield {k: v for d in o for k, v in d.items()}
+    def named(names, values):
+        names = [o.strip() for o in names.split(',')]
+        return [dict(zip(names, v if len(names) > 1 else [v])) for v in values]
+    for o in itertools.product(*(named(*m) for m in marks)): yield {k: v for d in o for k, v in d.items()}
 
 
 def call(f):

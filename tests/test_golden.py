@@ -11,7 +11,8 @@ from PIL import Image
 from torch import nn
 
 from ddpm_nb.diffusion import Diffusion, ancestral, step_back
-from ddpm_nb.fid import Features, Network, compute_fid, fid_floor, fid_infinity, frechet_distance, kid, precision_recall
+from ddpm_nb.fid import (Features, Network, compute_fid, fid_floor, fid_infinity, frechet_distance, kernel_sums, kid,
+                         leave_one_out, precision_recall)
 from ddpm_nb.forward import q_chain, q_sample, q_step
 from ddpm_nb.kit.data import decode, image_dls
 from ddpm_nb.kit.fast import fast
@@ -536,6 +537,19 @@ def test_scores():
         assert fid_floor(b, n)[1] == n
     near(fid_floor(b, 1000), [gold('scores/floor/20'), 20])
     near(fid_infinity(a, b), gold('scores/infinity'), 1e-4)
+    near(fid_infinity(Features(a.x[:12]), b), gold('scores/infinity/few'), 1e-4)
+    sums = kernel_sums(a, a), kernel_sums(b, b), kernel_sums(a, b), kernel_sums(b, a)
+    for k, v in zip('ab', leave_one_out(*sums)): near(v, gold(f'scores/kid_without/{k}'))
+
+
+def test_images_reach_the_network_as_clean_fid_has_them():
+    seen = []
+    def f(x):
+        seen.append(x)
+        return x.mean((2, 3))
+    Network(f, 'some', batch_size=4)(gold('pictures/unit'), 'cpu')
+    assert [o.shape for o in seen] == [(4, 3, 299, 299), (2, 3, 299, 299)]
+    near(torch.cat(seen)[:, :, ::23, ::23]/255, gold('pictures/large')/255, 1e-4)
 
 
 def test_report():

@@ -119,6 +119,12 @@ SAME = {
         '1 to 2: if world() > 1: own.append(ProcessesCallback())', # test_processes.py
         # matplotlib clamps, too
         '1 to 2: images = [unnormalize_to_zero_to_one(o).clamp(0, 1).cpu() for o in torch.cat((x, x_t, x_0))]'},
+    'fid': {
+        'sign dropped: '
+        "if x.shape[-2:] != (size, size): x = F.interpolate(x, (size, size), mode='bicubic', antialias=True)",
+        '2 to 3: ' # images of this size stay as they are
+        "if x.shape[-2:] != (size, size): x = F.interpolate(x, (size, size), mode='bicubic', antialias=True)",
+        '16 to 17: batch_size:int=16, # Images at a time; a CPU is fastest with a few'},
     'foundations/04_vae': { # there is one step only
         'alphas to alphas_cumprod: a, none = sched.alphas[0], torch.zeros_like(sched.alphas[0])'},
 }
@@ -291,7 +297,8 @@ def results(jobs):
     "Run jobs of (module, changed source, guards), and return for each the guard that failed with its error, or None"
     def job(module, source, guards):
         name = f'{module}.ipynb' if '/' in module else f'ddpm_nb.{module}'
-        return dict(name=name, source=source, guards=[f'test_golden:test_{o}' for o in guards])
+        guards = [o if ':' in o else f'golden:{o}' for o in guards]
+        return dict(name=name, source=source, guards=['test_{}:test_{}'.format(*o.split(':')) for o in guards])
     jobs = [job(*o) for o in jobs]
     r = subprocess.run([sys.executable, HERE/'mutate.py'], input=json.dumps(jobs), text=True, capture_output=True)
     res = [json.loads(o) for o in r.stdout.splitlines()]
@@ -326,7 +333,8 @@ GUARDS = {
                 'accumulated_batches_make_one_step', 'training_takes_adam_steps',
                 'show_results_shows_guesses_of_the_image', 'a_repeated_sample_starts_from_its_seed',
                 'a_run_is_algorithm_1'],
-    'fid': ['scores', 'report', 'references_are_kept_by_network', 'a_run_is_scored']}
+    'fid': ['scores', 'report', 'images_reach_the_network_as_clean_fid_has_them', 'fid:compute_fid', 'fid:features',
+            'fid:images', 'fid:the_floor_says_at_how_many']}
 
 
 @forks

@@ -1,7 +1,8 @@
 """Write golden.npz: what the package must compute, from an implementation of its own.
 
 Written from the assignment, the interfaces of its starter code and the papers, in NumPy, SciPy and plain PyTorch;
-ddpm_nb is never imported. Run it once (`python tests/golden/make.py`): other numbers mean that the package does something else.
+ddpm_nb is never imported. Run it once (`python tests/golden/make.py`): other numbers mean that the package does something
+else.
 """
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ from zlib import crc32
 
 import numpy as np, torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 FILE = Path(__file__).with_name('golden.npz')
@@ -284,10 +286,15 @@ def mmd(a, b):
     return aa + bb - 2*sum(k(x, y) for x in a for y in b)/(m*n)
 
 
+def without_one(a, b):
+    "KID without each row of `a`, and without each row of `b`"
+    return (np.array([mmd(np.delete(a, i, 0), b) for i in range(len(a))]),
+            np.array([mmd(a, np.delete(b, i, 0)) for i in range(len(b))]))
+
+
 def kid_error(a, b):
     "Of the jackknife over both sets"
-    out = [[mmd(np.delete(a, i, 0), b) for i in range(len(a))], [mmd(a, np.delete(b, i, 0)) for i in range(len(b))]]
-    return math.sqrt(sum((len(o) - 1)/len(o)*((np.array(o) - np.mean(o))**2).sum() for o in out))
+    return math.sqrt(sum((len(o) - 1)/len(o)*((o - np.mean(o))**2).sum() for o in without_one(a, b)))
 
 
 def prdc(a, b, k=3, dense=5):
@@ -309,15 +316,16 @@ def make_scores(r):
     yield 'scores/few', frechet(x[:3], y)
     yield 'scores/kid', mmd(x, y)
     yield 'scores/kid_se', kid_error(x, y)
+    for k, v in zip('ab', without_one(x, y)): yield f'scores/kid_without/{k}', v
     for k, v in prdc(x, y).items(): yield f'scores/{k}', v
     perm = lambda g, n: torch.randperm(n, generator=g).numpy()
     for n in (8, 20):
         g = torch.Generator().manual_seed(0)
         ps = [perm(g, len(b)) for _ in range(3)]
         yield f'scores/floor/{n}', np.mean([frechet(y[p[:n]], y[p[n:]]) for p in ps])
-    g, ns = torch.Generator().manual_seed(0), np.linspace(len(a)//5, len(a), 10).astype(int)
-    fit = np.polyfit(1/ns, [frechet(x[perm(g, len(a))[:n]], y) for n in ns], 1)
-    yield 'scores/infinity', fit[1]
+    for k, m in (('', 25), ('/few', 12)):
+        g, ns = torch.Generator().manual_seed(0), np.linspace(m//5, m, 10).astype(int)
+        yield f'scores/infinity{k}', np.polyfit(1/ns, [frechet(x[:m][perm(g, m)[:n]], y) for n in ns], 1)[1]
 
 
 # --- A photograph made small, by a triangle as wide as the shrinking
@@ -331,7 +339,18 @@ def shrink(im, size):
     return np.einsum('is,jt,stc->ijc', *map(weights_of, im.shape[:2]), im)
 
 
+def enlarge(im, size):
+    "clean-fid's: Pillow's bicubic resizing of each channel in floating point, of an image (h, w, 3)"
+    grow = lambda x: Image.fromarray(x.astype('f')).resize((size, size), Image.Resampling.BICUBIC)
+    return np.stack([grow(im[..., i]) for i in range(3)], -1).clip(0, 255)
+
+
 def make_pictures(r):
+    x = r.uniform(0, 1, (6, 5, 5, 3)).astype('f')
+    yield 'pictures/unit', x.transpose(0, 3, 1, 2)
+    large = [enlarge(np.floor(o*255 + .5), 299) for o in x]
+    # some pixels of what a PNG's bytes become
+    yield 'pictures/large', np.stack(large)[:, ::23, ::23].transpose(0, 3, 1, 2)
     for name, (h, w) in dict(wide=(40, 72), tall=(72, 40)).items():
         im = r.randint(0, 256, (h, w, 3)).astype(np.uint8)
         yield f'pictures/{name}', im
