@@ -20,9 +20,9 @@ from ddpm_nb.kit.files import load_diffusion, save_diffusion
 from ddpm_nb.kit.plots import backward_strip, forward_strip, part_times, plot_loss, plot_scores, show_strip
 from ddpm_nb.kit.scores import EfficientNetFeatures, FIDCallback, reference
 from ddpm_nb.learner import DDPMCallback, DDPMLearner, EMACallback, ddpm_learner, ema_average
-from ddpm_nb.loss import bits_per_dim, bound_terms
+from ddpm_nb.loss import bits_per_dim, bound_terms, decoder_std, discrete_log_prob, loss_weights
 from ddpm_nb.sampling import ddim, ddim_step, ddim_times
-from ddpm_nb.schedule import SCHEDULES, Schedule, cosine_schedule
+from ddpm_nb.schedule import SCHEDULES, Schedule, cosine_schedule, extract, linear_schedule, make_schedule, snr
 from ddpm_nb.unet import Block, ResBlock, Unet
 
 sys.path.insert(0, str(Path(__file__).parent/'golden'))
@@ -396,6 +396,34 @@ def test_schedules(name):
     near(q_chain(s, torch.tensor(x), 8, in_order(torch.tensor(z))), want, 1e-12)
 
 
+def test_coefficients():
+    a = make.cosine(20)
+    ab, s = np.cumprod(a), Schedule(torch.tensor(a), dtype=torch.float64)
+    prev, x, x_0 = np.array([1., *ab[:-1]]), np.array(.7), np.array(-.4)
+    means, variances = zip(*(make.posterior(a, x, x_0, t) for t in range(20)))
+    want = dict(
+        alphas=a, sqrt_alphas=a**.5, sqrt_one_minus_alphas=(1 - a)**.5, alphas_cumprod=ab, alphas_cumprod_prev=prev,
+        sqrt_alphas_cumprod=ab**.5, sqrt_one_minus_alphas_cumprod=(1 - ab)**.5, sqrt_recip_alphas_cumprod=ab**-.5,
+        sqrt_recipm1_alphas_cumprod=(1/ab - 1)**.5, posterior_variance=variances, posterior_std=np.sqrt(variances))
+    for k, v in want.items(): near(getattr(s, k), v, 1e-12)
+    near(s.posterior_mean_coef_xt*x + s.posterior_mean_coef_x0*x_0, means, 1e-12)
+    assert set(s.state_dict()) == {*want, 'posterior_mean_coef_xt', 'posterior_mean_coef_x0'}
+    assert len(s) == 20 and 'timesteps=20' in repr(s)
+    near(snr(torch.tensor(a)), ab/(1 - ab), 1e-12)
+    near(extract(torch.tensor(a), torch.tensor([3, 0]), (2, 1, 4, 4)), a[[3, 0]].reshape(2, 1, 1, 1), 0)
+
+
+@pytest.mark.parametrize('name,kwargs', [
+    ('cosine', {}), ('cosine', dict(s=.1)), ('linear', {}), ('linear', dict(beta_start=.001, beta_end=.01)),
+    ('sigmoid', {}), ('sigmoid', dict(start=-1, end=4))])
+def test_made_schedules(name, kwargs):
+    s = make_schedule(name, 8, **kwargs)
+    near(s.alphas, getattr(make, name)(8, *kwargs.values()))
+    assert s.alphas.dtype == torch.float32
+    near(make_schedule().alphas, make.cosine(50))
+    assert linear_schedule(8).min() == .001 # clipped
+
+
 def eps_of(name, a):
     "The denoiser of a chain's name, for PyTorch"
     abar = torch.tensor(np.cumprod(a))
@@ -509,6 +537,29 @@ def test_bound(clamp):
     near(bits_per_dim(denoise, sched, x_0, noise_like=in_order(zs), clamp=clamp), gold(f'bound/bits/{clamp}'), 1e-9)
     real = bound_terms(denoise, sched, x_0, in_order(zs), clamp=clamp, discrete=False)
     near(real, torch.cat([gold(f'bound/real/{clamp}')[:, None], gold(f'bound/terms/{clamp}')[:, 1:]], 1), 1e-9)
+
+
+def test_weights_of_the_bound():
+    a = make.cosine(20)
+    w_0, w_noise = loss_weights(Schedule(torch.tensor(a), dtype=torch.float64))
+    for t in range(1, 20): # what an error of 1 in x_0 does to the mean, against the variance
+        (m, var), (n, _) = (make.posterior(a, 0., x_0, t) for x_0 in (0., 1.))
+        near(w_0[t], (n - m)**2/(2*var), 1e-9)
+        ab = np.cumprod(a)[t]
+        near(w_noise[t], w_0[t]*(1 - ab)/ab, 1e-9) # an error of 1 in the noise is one of that size in x_0
+    assert w_0[0] == w_noise[0] == math.inf
+    for T in (1, 2, 20):
+        s = Schedule(torch.tensor(make.cosine(T)), dtype=torch.float64)
+        near(decoder_std(s), s.posterior_std[1] if T > 1 else (1 - s.alphas[0]).sqrt(), 1e-12)
+
+
+def test_levels_share_all_probability():
+    levels = torch.arange(256, dtype=torch.float64)/127.5 - 1
+    for mean, std in ((0., .3), (.7, .01), (-1.5, .2), (1., .002)):
+        p = discrete_log_prob(levels, torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64))
+        near(p.exp().sum(), 1., 1e-9)
+    far = discrete_log_prob(levels, torch.tensor(5., dtype=torch.float64), torch.tensor(.1, dtype=torch.float64))
+    assert far.isfinite().all() and (far[:-1].diff() > 0).all()
 
 
 def test_loading_takes_the_average(tmp_path):

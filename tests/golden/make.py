@@ -1,8 +1,8 @@
 """Write golden.npz: what the package must compute, from an implementation of its own.
 
 Written from the assignment, the interfaces of its starter code and the papers, in NumPy, SciPy and plain PyTorch;
-ddpm_nb is never imported. Run it once (`python tests/golden/make.py`): other numbers mean that the package does something
-else.
+ddpm_nb is never imported. Run it once (`python tests/golden/make.py`): other numbers mean that the package does another
+thing.
 """
 import math
 from pathlib import Path
