@@ -98,7 +98,8 @@ class FastResBlock(ResBlock):
 class FastAttention(Attention):
     "`Attention`, written out on a CPU"
     def forward(self, x):
-        q, k, v = rearrange(self.qkv(self.norm(as_pixels(x))), 'b n (three h d) -> three b h n d', three=3, h=self.heads)
+        qkv = self.qkv(self.norm(as_pixels(x)))
+        q, k, v = rearrange(qkv, 'b n (three h d) -> three b h n d', three=3, h=self.heads)
         o = rearrange(attend(q, k, v), 'b h n d -> b n (h d)')
         return x + as_image(self.out(o), x.shape)
 
@@ -219,11 +220,9 @@ def keep_freed_memory()->bool: # Was there a setting to make?
     return all([mallopt(-3, 32*2**20), mallopt(-1, 2**31 - 1)])
 
 # %% ../../nbs/kit/fast.ipynb #b85a21fb
-def check_compile(
-    device, # Where the network runs
-    **kwargs # For `torch.compile`
-):
+def check_compile(device, **kwargs):
     "Refuse to compile where the machine has no compiler that works"
     try: torch.compile(torch.sin, **kwargs)(torch.ones(8, device=device))
     except Exception as e:
-        refuse(f'compile needs a C++ compiler, and Triton on a GPU, but found none that works ({str(e).splitlines()[0][:100]})')
+        why = str(e).splitlines()[0][:100]
+        refuse(f'compile needs a C++ compiler, and Triton on a GPU, but found none that works ({why})')

@@ -90,20 +90,14 @@ def part_times(timesteps:int)->list:
     return [int(p*timesteps) for p in PARTS]
 
 # %% ../../nbs/kit/plots.ipynb #5031e37f
-def forward_strip(
-    diffusion:Diffusion, # The model, for its schedule
-    x_0:Tensor, # Images in [-1, 1], shape (n, c, h, w)
-)->Tensor: # x_t in [-1, 1], shape (5, n, c, h, w)
-    "The images at five times of the forward process, with one noise (Fig. 4)"
+def forward_strip(diffusion:Diffusion, x_0:Tensor)->Tensor:
+    "x_t (5, n, c, h, w) of the images (n, c, h, w) at five times of the forward process, with one noise (Fig. 4)"
     noise = diffusion.noise_like(x_0.shape, x_0.device)
     times = [torch.full((len(x_0),), i, device=x_0.device) for i in part_times(diffusion.num_timesteps)]
     return torch.stack([diffusion.q_sample(x_0, t, noise) for t in times])
 
-def backward_strip(
-    diffusion:Diffusion, # The model
-    x_T:Tensor, # Noise, or the last images of the forward process, shape (n, c, h, w)
-)->Tensor: # x_t in [-1, 1], shape (5, n, c, h, w), from 99 % of T to the finished images
-    "The images at five times of the reverse process, which begins at the first of them (Fig. 5)"
+def backward_strip(diffusion:Diffusion, x_T:Tensor)->Tensor:
+    "x_t (5, n, c, h, w) at five times of the reverse process, from `x_T` (n, c, h, w) at 99 % of T on (Fig. 5)"
     keep, noise_like = part_times(diffusion.num_timesteps), lambda x: diffusion.noise_like(x.shape, x.device)
     steps, seen = ancestral(diffusion.denoise, diffusion.schedule, x_T, noise_like, start=keep[-1]), {keep[-1]: x_T}
     for i, x, _ in steps: seen[max(i - 1, 0)] = x
