@@ -9,6 +9,7 @@ ini = ConfigParser(delimiters=['='])
 ini.read(here/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 name, repo, branch = cfg['lib_name'], cfg['git_url'], cfg['branch']
+versions = ['3', '3 :: Only', *cfg['python_versions'].split()]
 extras = {k.removesuffix('_requirements'): cfg[k].split() for k in cfg if k.endswith('_requirements')}
 
 # Links that lead into the repository need its address where the README is shown elsewhere
@@ -30,10 +31,12 @@ setup(
     keywords=cfg['keywords'].split(),
     license_expression='Apache-2.0',
     license_files=['LICENSE'],
-    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Education', f"Intended Audience :: {cfg['audience']}",
+    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Education',
+                 f"Intended Audience :: {cfg['audience']}",
                  'Operating System :: OS Independent', 'Framework :: Jupyter', 'Typing :: Typed',
-                 *[f'Programming Language :: Python :: {o}' for o in ['3', '3 :: Only', *cfg['python_versions'].split()]],
-                 'Topic :: Education', 'Topic :: Multimedia :: Graphics', 'Topic :: Scientific/Engineering :: Artificial Intelligence',
+                 *[f'Programming Language :: Python :: {o}' for o in versions],
+                 'Topic :: Education', 'Topic :: Multimedia :: Graphics',
+                 'Topic :: Scientific/Engineering :: Artificial Intelligence',
                  'Topic :: Scientific/Engineering :: Image Processing'],
     packages=find_packages(include=[name, f'{name}.*']),
     package_data={name: ['py.typed', 'weights/*']},

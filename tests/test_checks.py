@@ -81,7 +81,8 @@ def test_only_the_first_process_shows_a_bar(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('error,code,line', [
-    (BadInput('n is odd'), 2, 'n is odd'), (Stopped('saved', 143), 143, 'saved'), (KeyboardInterrupt(), 130, 'interrupted')])
+    (BadInput('n is odd'), 2, 'n is odd'), (Stopped('saved', 143), 143, 'saved'),
+    (KeyboardInterrupt(), 130, 'interrupted')])
 def test_how_commands_end(error, code, line, capsys):
     def work(n): raise error
     with pytest.raises(SystemExit) as e: command(work)(1)

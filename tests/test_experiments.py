@@ -8,7 +8,8 @@ from ddpm_nb.kit.files import load_diffusion, save_pretrained
 from ddpm_nb.unet import Unet
 
 NBS = Path(__file__).parent.parent/'nbs'/'experiments'
-SMALL = dict(unet_dim=8, unet_dim_mults=(1, 2), image_size=16, batch_size=8, time_steps=5, n_samples=4, attention='none', device='cpu')
+SMALL = dict(unet_dim=8, unet_dim_mults=(1, 2), image_size=16, batch_size=8, time_steps=5, n_samples=4,
+             attention='none', device='cpu')
 
 
 def run(name, **params):

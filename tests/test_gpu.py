@@ -1,4 +1,4 @@
-"What a GPU would run, on tensors with a GPU's device and no content: nothing of the CPU gets in, nothing waits for a value"
+"What a GPU would run, on tensors with its device and no content: nothing of the CPU gets in, nothing waits for a value"
 from types import SimpleNamespace
 
 import pytest, torch

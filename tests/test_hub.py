@@ -71,7 +71,8 @@ def test_a_repository_in_the_cache(small, tmp_path):
     again = load_diffusion('someone/cats', 'cpu', **offline)
     assert same(small, again) and not again.training
     assert same(small, Diffusion.from_pretrained('someone/cats', 'cpu', **offline)) # the name that kit.files adds
-    with pytest.raises(BadInput, match='someone/dogs is neither here nor on the Hub'): load_diffusion('someone/dogs', **offline)
+    with pytest.raises(BadInput, match='someone/dogs is neither here nor on the Hub'):
+        load_diffusion('someone/dogs', **offline)
 
 
 def test_the_model_of_the_package(monkeypatch):

@@ -8,12 +8,12 @@ __all__ = ['ProcessesCallback']
 # %% ../../nbs/kit/ddp.ipynb #67b8dedc
 import signal
 
+from .processes import * # before fastai, for the warnings that it keeps off the screen
+
 import torch
 from fastai.callback.core import Callback
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-
-from .processes import *
 
 # %% ../../nbs/kit/ddp.ipynb #9a9d3f99
 class ProcessesCallback(Callback):
