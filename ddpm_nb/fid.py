@@ -27,7 +27,7 @@ class Features:
             refuse(f'features must be at least 2 rows of finite numbers, but are of shape {tuple(self.x.shape)}'
                    + (', some of them NaN or infinite' if not self.x.isfinite().all() else ''))
 
-    def __len__(self): return len(self.x)
+    def __len__(self)->int: return len(self.x)
     def keep(self,
         k, # A name
         f, # Computes something from the features
@@ -36,23 +36,23 @@ class Features:
         if k not in self.kept: self.kept[k] = f(self)
         return self.kept[k]
     @property
-    def dim(self):
+    def dim(self)->int:
         "Features of an image"
         return self.x.shape[1]
     @cached_property
-    def mean(self):
+    def mean(self)->Tensor:
         "Mean of the features, float64, of shape (dim,)"
         return self.x.double().mean(0)
     @cached_property
-    def rows(self):
+    def rows(self)->Tensor:
         "A matrix of shape (n, dim) with rows.T@rows the covariance"
         return (self.x.double() - self.mean)/(len(self) - 1)**.5
     @cached_property
-    def cov(self):
+    def cov(self)->Tensor:
         "Covariance of the features, float64, of shape (dim, dim)"
         return self.rows.T@self.rows
     @cached_property
-    def root(self):
+    def root(self)->Tensor:
         "R with R.T@R the covariance: the rows where they are few, else the symmetric root"
         if len(self) <= self.dim: return self.rows
         l, v = torch.linalg.eigh(self.cov)

@@ -46,7 +46,8 @@ def pick_sampler(
     "The sampler of that name"
     if name not in SAMPLERS: refuse(f"sampler must be {' or '.join(SAMPLERS)}, but is {name!r}")
     if steps is not None: check_int('steps', steps, hi=timesteps)
-    given, takes = dict(steps=steps, eta=check_float('eta', eta, 0, 1.0001)), signature(SAMPLERS[name]).parameters
+    given = dict(steps=steps, eta=check_float('eta', eta, 0, 1.0001))
+    takes = signature(SAMPLERS[name]).parameters # type: ignore[arg-type]
     if steps is not None and 'steps' not in takes:
         refuse(f'steps must not be given with sampler {name}, which takes all of them: choose sampler ddim')
     return SAMPLERS[name], {k: v for k,v in given.items() if k in takes}
