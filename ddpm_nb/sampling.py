@@ -59,4 +59,4 @@ def ddim(
         yield i, x, x_0
 
 # %% ../nbs/08_sampling.ipynb #3a53832f
-SAMPLERS = dict(ancestral=ancestral, ddim=ddim)
+SAMPLERS:dict = dict(ancestral=ancestral, ddim=ddim)

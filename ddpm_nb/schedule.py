@@ -114,7 +114,7 @@ def extract(
     return a[t].view(-1, *[1]*(len(x_shape) - 1))
 
 # %% ../nbs/01_schedule.ipynb #fde98ee3
-SCHEDULES = dict(cosine=cosine_schedule, linear=linear_schedule, sigmoid=sigmoid_schedule)
+SCHEDULES:dict = dict(cosine=cosine_schedule, linear=linear_schedule, sigmoid=sigmoid_schedule)
 
 # %% ../nbs/01_schedule.ipynb #b71b8a73
 def make_schedule(

@@ -7,6 +7,7 @@ __all__ = ['load_model', 'pick_sampler', 'watched', 'passes', 'written_to', 'ima
 
 # %% ../../nbs/kit/samples.ipynb #b0000001
 import zipfile
+from collections.abc import Callable
 from contextlib import contextmanager
 from inspect import signature
 from io import BytesIO
@@ -46,11 +47,11 @@ def pick_sampler(
     "The sampler of that name"
     if name not in SAMPLERS: refuse(f"sampler must be {' or '.join(SAMPLERS)}, but is {name!r}")
     if steps is not None: check_int('steps', steps, hi=timesteps)
-    given = dict(steps=steps, eta=check_float('eta', eta, 0, 1.0001))
-    takes = signature(SAMPLERS[name]).parameters # type: ignore[arg-type]
+    f:Callable = SAMPLERS[name]
+    given, takes = dict(steps=steps, eta=check_float('eta', eta, 0, 1.0001)), signature(f).parameters
     if steps is not None and 'steps' not in takes:
         refuse(f'steps must not be given with sampler {name}, which takes all of them: choose sampler ddim')
-    return SAMPLERS[name], {k: v for k,v in given.items() if k in takes}
+    return f, {k: v for k,v in given.items() if k in takes}
 
 # %% ../../nbs/kit/samples.ipynb #b0000006
 def watched(
