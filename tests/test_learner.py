@@ -176,8 +176,9 @@ def test_show_results_shows_the_guess_of_the_image(learn, monkeypatch):
     (dict(accumulate=0), 'accumulate must be a whole number of at least 1, but is 0'),
     (dict(ema=1), 'ema must be a number of at least 0 and below 1, but is 1'),
     (dict(nonfinite='hope'), "nonfinite must be stop or skip, but is 'hope'"),
-    (dict(dim=12), 'dim must be'), (dict(dim=0), 'dim must be'), (dict(dim_mults=(1, 2, 4, 8, 16, 32)), 'image_size must be a multiple of 32'),
-    (dict(timesteps=0), 'timesteps must be'), (dict(schedule='wiggly'), 'schedule must be'), (dict(attention='some'), 'attention must be'),
+    (dict(dim=12), 'dim must be'), (dict(dim=0), 'dim must be'), (dict(timesteps=0), 'timesteps must be'),
+    (dict(dim_mults=(1, 2, 4, 8, 16, 32)), 'image_size must be a multiple of 32'),
+    (dict(schedule='wiggly'), 'schedule must be'), (dict(attention='some'), 'attention must be'),
 ], ids=lambda o: '-'.join(o) if isinstance(o, dict) else '')
 def test_impossible_arguments(pics, kwargs, says):
     with pytest.raises(BadInput) as e: tiny(pics, **kwargs)

@@ -1,4 +1,4 @@
-"Two processes on a CPU, started by torchrun and by Accelerate: the same numbers as one, one writer, and an end when one of them dies."
+"Two processes on a CPU, by torchrun and by Accelerate: the numbers of one, one writer, an end when one of them dies"
 import csv, os, random, re, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import psutil
 import pytest
 from PIL import Image
 from conftest import TINY, command
-from ddpm_nb.diffusion import read_checkpoint
+from ddpm_nb.kit.files import read_checkpoint
 
 BIN = Path(sys.executable).parent
 ENV = os.environ | dict(OMP_NUM_THREADS='1')
@@ -18,10 +18,18 @@ pytestmark = pytest.mark.xdist_group('processes') # one pair of processes at a t
 PORT = str(29500 + os.getpid() % 1000)
 
 
-def two(name, *args): return [BIN/'torchrun', '--nproc_per_node', '2', '--master_port', PORT, '--no-python', '--', BIN/name, *map(str, args)]
+def two(name, *args):
+    launch = [BIN/'torchrun', '--nproc_per_node', '2', '--master_port', PORT, '--no-python', '--', BIN/name]
+    return [*launch, *map(str, args)]
 
 
-def two_by_accelerate(name, *args): return [BIN/'accelerate', 'launch', '--multi_gpu', '--num_processes', '2', '--main_process_port', PORT, '--no_python', name, *map(str, args)]
+def two_by_accelerate(name, *args):
+    launch = [BIN/'accelerate', 'launch', '--multi_gpu', '--num_processes', '2', '--main_process_port', PORT]
+    return [*launch, '--no_python', name, *map(str, args)]
+
+
+def ran(args, env=ENV, cwd=None):
+    return subprocess.run(args, cwd=cwd, capture_output=True, text=True, env=env, timeout=300)
 
 
 @pytest.fixture(scope='module')
@@ -30,7 +38,8 @@ def runs(pics, tmp_path_factory):
     path = tmp_path_factory.mktemp('runs')
     r = command('ddpm_train', '--data_path', pics, '--save_folder', path/'one', *ARGS, cwd=path)
     assert r.returncode == 0, r.stderr
-    r = subprocess.run(two_by_accelerate('ddpm_train', '--data_path', pics, '--save_folder', path/'two', *ARGS), cwd=path, capture_output=True, text=True, env=ENV | dict(PATH=f'{BIN}{os.pathsep}{ENV["PATH"]}'), timeout=300)
+    both = two_by_accelerate('ddpm_train', '--data_path', pics, '--save_folder', path/'two', *ARGS)
+    r = ran(both, ENV | dict(PATH=f'{BIN}{os.pathsep}{ENV["PATH"]}'), path)
     assert r.returncode == 0, r.stderr
     assert r.stdout.count('40 steps done') == 1 # one of them speaks
     return path
@@ -40,7 +49,9 @@ def column(path, name): return np.array([float(r[name]) for r in csv.DictReader(
 
 
 def test_same_losses_and_one_writer(runs):
-    for name in ('loss', 'held_out'): assert abs(column(runs/'one/loss.csv', name) - column(runs/'two/loss.csv', name)).max() < 1e-4
+    for name in ('loss', 'held_out'):
+        a, b = (column(runs/o/'loss.csv', name) for o in ('one', 'two'))
+        assert abs(a - b).max() < 1e-4
     assert {p.name for p in (runs/'one').iterdir()} == {p.name for p in (runs/'two').iterdir()}
     assert {p.name for p in runs.iterdir()} == {'one', 'two'}
 
@@ -48,20 +59,22 @@ def test_same_losses_and_one_writer(runs):
 def test_same_samples_and_score(runs, pics):
     for name, n in (('a', 1), ('b', 2)): # five images for two processes
         args = ['--load_path', runs/'one/model.pt', '--n', 5, '--save_folder', runs/name, '--device', 'cpu']
-        r = command('ddpm_sample', *args) if n == 1 else subprocess.run(two('ddpm_sample', *args), capture_output=True, text=True, env=ENV, timeout=300)
+        r = command('ddpm_sample', *args) if n == 1 else ran(two('ddpm_sample', *args))
         assert r.returncode == 0, r.stderr
-    a, b = (np.stack([np.asarray(Image.open(o)).astype(int) for o in sorted((runs/name).glob('*.png'))]) for name in 'ab')
+    read = lambda path: np.stack([np.asarray(Image.open(o)).astype(int) for o in sorted(path.glob('*.png'))])
+    a, b = read(runs/'a'), read(runs/'b')
     assert a.shape == b.shape == (5, 16, 16, 3) and abs(a - b).max() <= 12 and abs(a - b).mean() < 1
     args = ['--samples', runs/'a', '--data_path', pics, '--network', 'efficientnet-lite0', '--device', 'cpu']
     env = ENV | dict(XDG_CACHE_HOME=str(runs/'cache'))
-    said = [subprocess.run(o, capture_output=True, text=True, env=env, timeout=300).stdout for o in ([BIN/'ddpm_fid', *args], two('ddpm_fid', *args))]
+    said = [ran(o, env).stdout for o in ([BIN/'ddpm_fid', *args], two('ddpm_fid', *args))]
     one, both = (float(re.search(r'FD \(efficientnet-lite0\)\D*([\d.]+)', o)[1]) for o in said)
     assert both == pytest.approx(one, rel=1e-3)
 
 
 def started(pics, path):
     "A long run of two processes that has begun to train"
-    p = subprocess.Popen(two('ddpm_train', '--data_path', pics, '--save_folder', path/'run', *ARGS, '--train_steps', 10**6), cwd=path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV)
+    args = two('ddpm_train', '--data_path', pics, '--save_folder', path/'run', *ARGS, '--train_steps', 10**6)
+    p = subprocess.Popen(args, cwd=path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV)
     end = time.time() + 120
     while not (path/'run/sample_1.png').exists() and p.poll() is None and time.time() < end: time.sleep(.05)
     return p
@@ -73,7 +86,8 @@ def test_a_death_ends_the_run(pics, tmp_path):
     ranks[-1].send_signal(signal.SIGKILL)
     said = p.communicate(timeout=120)[1]
     assert p.returncode and 'exitcode' in said and '-9' in said
-    assert not [c for c in psutil.process_iter(['cmdline']) if str(tmp_path) in ' '.join(c.info['cmdline'] or '')] # one that is dead has none
+    alive = [c for c in psutil.process_iter(['cmdline']) if str(tmp_path) in ' '.join(c.info['cmdline'] or '')]
+    assert not alive # one that is dead has no command line
 
 
 @pytest.mark.parametrize('who', ['0', '1'])
@@ -93,5 +107,6 @@ def test_a_signal_stops_all_after_one_step(pics, tmp_path):
     p.send_signal(signal.SIGTERM)
     said = p.communicate(timeout=120)[1]
     assert 'stopped after step' in said
-    r = command('ddpm_train', '--data_path', pics, '--save_folder', tmp_path/'run', *ARGS, '--train_steps', 10**6, '--resume', '--batch_size', 4, cwd=tmp_path)
+    again = ['--data_path', pics, '--save_folder', tmp_path/'run', *ARGS, '--train_steps', 10**6, '--resume']
+    r = command('ddpm_train', *again, '--batch_size', 4, cwd=tmp_path)
     assert r.returncode == 2 and 'batch_size' in r.stderr # the folder is whole, and still knows its parameters

@@ -175,21 +175,17 @@ def load_optimizer(opt, state):
     "Put Adam's moments back; raises `ValueError` where they are of other shapes than the weights"
     opt.load_state_dict(state)
     for p,s in opt.opt.state.items():
-        if {s[k].shape for k in ('exp_avg', 'exp_avg_sq')} != {p.shape}: raise ValueError('moments of other shapes')
+        shapes = [s[k].shape for k in ('step', 'exp_avg', 'exp_avg_sq')]
+        if shapes != [(), p.shape, p.shape]: raise ValueError('moments of other shapes')
 
 # %% ../../nbs/kit/runs.ipynb #run00019
-def older(
-    path:Path, # `model.pt` of a run
-)->list: # Files, the newest first
-    "The checkpoints that are kept beside the newest"
+def older(path:Path)->list:
+    "The checkpoints that are kept beside a run's `model.pt`, the newest first"
     kept = [o for o in path.parent.glob('model_*.pt') if o.stem[6:].isdigit()]
     return sorted(kept, key=lambda o: int(o.stem[6:]), reverse=True)
 
 # %% ../../nbs/kit/runs.ipynb #run00021
-def start_with(
-    learn:Learner, # A learner of `ddpm_learner`
-    ckpt:dict, # What `read_checkpoint` returned
-):
+def start_with(learn:Learner, ckpt:dict):
     "Take up a checkpoint's weights, their average, and the steps, losses and scores so far"
     load_weights(learn.diffusion, ckpt)
     if 'ema' in ckpt and hasattr(learn, 'ema'):
@@ -200,11 +196,8 @@ def start_with(
     for k,rows in ckpt.get('train', {}).get('rows', {}).items():
         if hasattr(learn, k): getattr(learn, k).rows = rows
 
-def go_on(
-    learn:Learner, # A learner of `ddpm_learner` with a `CheckpointCallback`
-    ckpt:dict, # What `read_checkpoint` returned
-)->tuple[int, int]: # Epochs that are done, and batches of the next one
-    "Make the next `fit` go on from a checkpoint as if training had not stopped"
+def go_on(learn:Learner, ckpt:dict)->tuple[int, int]:
+    "Make the next `fit` go on as if it had not stopped; epochs that are done, and batches of the next one"
     if 'train' not in ckpt: refuse('checkpoint: it has no state of training. Give one that ddpm_train wrote')
     start_with(learn, ckpt)
     at = [check_int(f'{k} of the checkpoint', ckpt['train'].get(k), 0) for k in ('epoch', 'batch')]
@@ -252,10 +245,8 @@ class Epochs(Callback):
 
 # %% ../../nbs/kit/runs.ipynb #run00032
 @contextmanager
-def stop_by_signal(
-    cb:CheckpointCallback, # What to ask for a stop
-):
-    "Let Ctrl-C and SIGTERM ask for a stop after the step"
+def stop_by_signal(cb:CheckpointCallback):
+    "Let Ctrl-C and SIGTERM ask `cb` for a stop after the step"
     asked = []
     def ask(sig, frame):
         asked.append(time.monotonic())
@@ -269,9 +260,7 @@ def stop_by_signal(
 
 # %% ../../nbs/kit/runs.ipynb #run00034
 @contextmanager
-def saved_elsewhere(
-    learn:Learner, # A learner with a `CheckpointCallback`
-):
+def saved_elsewhere(learn:Learner):
     "Where a file can't be written, save the state of training elsewhere and say where"
     try: yield
     except CannotWrite as e:
@@ -302,9 +291,7 @@ def fit_steps(
 
 # %% ../../nbs/kit/runs.ipynb #run00040
 @contextmanager
-def only_run(
-    folder:Path, # Folder of a run
-):
+def only_run(folder:Path):
     "Refuse a folder in which another run is under way"
     lock = FileLock(folder/'.lock', timeout=0)
     try: lock.acquire()
@@ -317,12 +304,8 @@ def only_run(
 
 # %% ../../nbs/kit/runs.ipynb #run00041
 @contextmanager
-def run_folder(
-    save_folder, # Where the run will write
-    load_path=None, # The model that it goes on with
-    resume:bool=False, # Does it go on with the run that is there?
-): # The folder, which is this run's alone
-    "Make the folder of a run; an earlier run in it is moved aside"
+def run_folder(save_folder, load_path=None, resume:bool=False):
+    "Make a run's own folder; an earlier run in it is moved aside, if this one doesn't begin with it or go on with it"
     path = check_path('save_folder', save_folder)
     if rank(): yield path; return
     goes_on = resume or load_path is not None and check_path('load_path', load_path).resolve().parent == path.resolve()
@@ -347,11 +330,8 @@ def move_aside(path):
 FREE = {'train_steps', 'save_folder', 'resume', 'logger', 'dataloader_workers', 'fid', 'fid_samples', 'network',
         'n_samples', 'keep_checkpoints', 'nonfinite'}
 
-def earlier_run(
-    c:dict, # The parameters of `train_diffusion`
-    model:Diffusion, # The model that they describe
-)->dict: # Its last good checkpoint
-    "The run in `save_folder`, if its parameters are the same"
+def earlier_run(c:dict, model:Diffusion)->dict:
+    "The last good checkpoint of the run in `save_folder`, if its parameters are those of `train_diffusion`, `c`"
     path = check_path('save_folder', c['save_folder'])/'model.pt'
     if not older(path) and not path.exists(): read_checkpoint(path) # which says so
     conf = path.with_name('config.json')
@@ -363,11 +343,8 @@ def earlier_run(
     return last_good(path, model)
 
 # %% ../../nbs/kit/runs.ipynb #run00046
-def last_good(
-    path:Path, # `model.pt` of a run
-    model:Diffusion, # A model of the run's configuration
-)->dict: # A checkpoint
-    "The newest checkpoint of a run that can be read"
+def last_good(path:Path, model:Diffusion)->dict:
+    "The newest checkpoint of the run with the `model.pt` at `path` that can be read and fits the model"
     bad = []
     for o in (path, *older(path)):
         try: ckpt = fitting(o, model)
@@ -376,11 +353,8 @@ def last_good(
         return ckpt
     raise bad[0]
 
-def fitting(
-    path, # A checkpoint
-    model:Diffusion, # The model that it is for
-)->dict: # Its content
-    "Read a checkpoint that is of the model's configuration, and its weights and their average too"
+def fitting(path, model:Diffusion)->dict:
+    "A checkpoint that is of the model's configuration, and its weights and their average too"
     ckpt = read_checkpoint(path)
     same_config(ckpt['config'], config_of(model), path)
     for k in {'model'} | {'ema'} & set(ckpt): check_weights(model, ckpt, k, str(path))
@@ -412,10 +386,8 @@ def wandb_mode()->str: # A mode of `wandb.init`
     return os.environ.get('WANDB_MODE') or ('online' if known or os.environ.get('WANDB_API_KEY') else 'offline')
 
 # %% ../../nbs/kit/runs.ipynb #run00051
-def logger_class(
-    logger:str, # 'none', 'tensorboard' or 'wandb'
-): # fastai's callback for it, or None
-    "The callback's class, if what it needs is installed"
+def logger_class(logger:str):
+    "fastai's callback for 'tensorboard' or 'wandb', if what it needs is installed; None for 'none'"
     try:
         if logger == 'none': return None
         if logger == 'tensorboard': from fastai.callback.tensorboard import TensorBoardCallback as cls
@@ -425,12 +397,8 @@ def logger_class(
     return cls
 
 # %% ../../nbs/kit/runs.ipynb #run00052
-def logger_cbs(
-    logger:str, # 'none', 'tensorboard' or 'wandb'
-    folder:Path, # Folder of the run
-    config:dict, # What the run was started with
-)->list: # Callbacks
-    "fastai's callbacks for that logger"
+def logger_cbs(logger:str, folder:Path, config:dict)->list:
+    "fastai's callbacks for a logger of the run in `folder`, which was started with `config`"
     cls = logger_class(logger)
     if cls is None or rank(): return []
     if logger == 'tensorboard': return [cls(log_dir=str(folder/'tensorboard'), trace_model=False, log_preds=False)]
