@@ -94,6 +94,9 @@ SAME = {
     '01_schedule': {
         'alphas to alphas_cumprod: def __len__(self): return len(self.alphas)',
         'alphas to alphas_cumprod: return self.alphas.device'},
+    '03_posterior': { # a grid as fine as that, and as wide
+        '20001 to 20002: def grid_posterior(s, x0, xt, i, n=20_001):',
+        '8 to 9: g = torch.linspace(-8, 8, n, dtype=torch.float64)'},
     '04_elbo': {
         '1 to 2: x_T = q_pair(data, sched, T-1, T)'}, # x_T is the same, whatever it is paired with
     '05_loss': {
