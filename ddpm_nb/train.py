@@ -162,8 +162,7 @@ def sample_diffusion(
     device:str=None, # Device such as cpu or cuda:0; the best one by default
 )->Path: # The folder
     "New images from a checkpoint, as files"
-    check_int('n', n)
-    keep_freed_memory()
+    check_int('n', n); keep_freed_memory()
     folder, d, i = check_path('save_folder', save_folder), load_model(load_path, join_processes(device)), 0
     pick_sampler(sampler, steps, eta, d.num_timesteps)
     seed_everything(seed)
@@ -200,8 +199,8 @@ def score_samples(
     images = load_samples(samples) if are_images(samples) else None
     d = load_model(samples, device) if images is None else None
     net, size = get_network(network), d.image_size if images is None else images.shape[-1]
-    real = reference(images_at(data_path, data_class), net, size, data_class, split, view, on_bad=on_bad, device=device,
-                     progress=True)
+    data = images_at(data_path, data_class)
+    real = reference(data, net, size, data_class, split, view, on_bad=on_bad, device=device, progress=True)
     seed_everything(seed)
     if images is None: images = torch.cat(list(passes(d, n, sampler, steps)))
     score = compute_fid(images, real, net, infinity, device, progress=True)

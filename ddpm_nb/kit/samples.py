@@ -54,12 +54,8 @@ def pick_sampler(
     return f, {k: v for k,v in given.items() if k in takes}
 
 # %% ../../nbs/kit/samples.ipynb #b0000006
-def watched(
-    sampler, # A generator of steps such as `ancestral`
-    steps:int, # How many it takes
-    what:str='samples', # What to write beside the bar
-): # A sampler
-    "The sampler, with a progress bar"
+def watched(sampler, steps:int, what:str='samples'):
+    "A sampler that takes `steps` steps, with a progress bar beside `what`"
     def _f(*args, **kwargs): yield from bar(sampler(*args, **kwargs), total=steps, desc=what, leave=False)
     return _f
 
@@ -82,36 +78,27 @@ def passes(
 
 # %% ../../nbs/kit/samples.ipynb #b0000009
 @contextmanager
-def written_to(
-    folder:Path, # A folder, made if it isn't there
-):
-    "Refuse a folder that can't be written to"
+def written_to(folder:Path):
+    "Make a folder, and refuse one that can't be written to"
     try:
         if not rank(): folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as e: refuse(f"save_folder: can't write to '{folder}' ({e.strerror}). Choose another folder")
 
 # %% ../../nbs/kit/samples.ipynb #b0000010
-def images_at(
-    data_path, # Folder or zip file of images, or None
-    data_class:str='cat', # Domain of the images
-): # A path
-    "Where real images are: the built-in faces, if no path is given"
+def images_at(data_path, data_class:str='cat'):
+    "Where real images are: the built-in faces of that domain, if no path is given"
     return builtin_faces(data_class) if data_path is None else data_path
 
-def are_images(
-    path, # A path or None
-)->bool: # Or else it must be a model
+def are_images(path)->bool:
     "Is it a folder or zip of images, and not of a model?"
     if path is None: return False
     path = check_path('samples', path)
     if path.is_dir(): return not any((path/o).exists() for o in ('model.pt', 'model.safetensors'))
     return path.suffix == '.zip' and zipfile.is_zipfile(path)
 
-def load_samples(
-    path, # A folder or zip file of generated images, all of one size
-)->Tensor: # uint8, shape (n, 3, size, size)
-    "Generated images as they are"
+def load_samples(path)->Tensor:
+    "Generated images in a folder or zip, all of one size, as they are: uint8, shape (n, 3, size, size)"
     files = Files(path)
     sizes = {o: size_of(files, o) for o in files.names}
     first, (w, h) = next(iter(sizes.items()))
