@@ -44,9 +44,13 @@ def near(a, b, tol=1e-5):
 
 
 def in_order(zs):
-    "A source of noise that gives out `zs`, one at each call"
+    "A source of noise that gives out `zs`, one at each call with a tensor of that shape"
     it = iter(zs)
-    return lambda x: next(it)
+    def noise_like(x):
+        z = next(it)
+        assert x.shape == z.shape
+        return z
+    return noise_like
 
 
 # --- The U-Net
@@ -535,6 +539,7 @@ def test_bound(clamp):
         return (x - at.sqrt()*(x_0 + off))/(1 - at).sqrt()
     near(bound_terms(denoise, sched, x_0, in_order(zs), clamp=clamp), gold(f'bound/terms/{clamp}'), 1e-9)
     near(bits_per_dim(denoise, sched, x_0, noise_like=in_order(zs), clamp=clamp), gold(f'bound/bits/{clamp}'), 1e-9)
+    near(bound_terms(denoise, sched, x_0, in_order(zs)), gold('bound/terms/True'), 1e-9)
     real = bound_terms(denoise, sched, x_0, in_order(zs), clamp=clamp, discrete=False)
     near(real, torch.cat([gold(f'bound/real/{clamp}')[:, None], gold(f'bound/terms/{clamp}')[:, 1:]], 1), 1e-9)
 
