@@ -103,7 +103,7 @@ class DDPMLearner(Learner):
         dls:DataLoaders, # Images in [-1, 1]
         diffusion:Diffusion, # The model
         loss_func=model_loss, # Takes what the model returned
-        opt_func=partial(OptimWrapper, opt=torch.optim.Adam, fused=True), # Adam with PyTorch's defaults
+        opt_func=partial(OptimWrapper, opt=torch.optim.Adam, fused=True, foreach=False), # Adam with PyTorch's defaults
         **kwargs # More arguments of `Learner`
     ):
         super().__init__(dls, diffusion, loss_func=loss_func, opt_func=opt_func, **kwargs)
