@@ -18,7 +18,7 @@ def test_types_fit():
 
 
 FAULTS = { # in a module, what stands there, what is put in its place, and what mypy says
-    'forward': ('sched.sqrt_alphas_cumprod', 'sched.sqrt_alpha_cumprod', 'Argument 1 to "extract"'), # a misspelt buffer
+    'forward': ('in (sched.sqrt_alphas_cumprod,', 'in (sched,', 'Argument 1 to "extract"'),
     'diffusion': ('self.p_sample_loop(self', 'self.p_sample_lop(self', '(?i)not callable'),
     'sampling': ('ddim_times(len(sched), steps)', 'ddim_times(sched, steps)', 'Argument 1 to "ddim_times"'),
     'kit/checks': ('return int(v)', 'return str(v)', 'return value type .got "str", expected "int"'),

@@ -202,7 +202,7 @@ def go_on(learn:Learner, ckpt:dict)->tuple[int, int]:
     start_with(learn, ckpt)
     at = [check_int(f'{k} of the checkpoint', ckpt['train'].get(k), 0) for k in ('epoch', 'batch')]
     learn.checkpoint.going_on, learn.checkpoint.last, learn.first_epoch = ckpt['train'], ckpt['step'], at[0]
-    return tuple(at)
+    return at[0], at[1]
 
 # %% ../../nbs/kit/runs.ipynb #run00025
 class GridCallback(RunCallback):
