@@ -309,7 +309,7 @@ def results(jobs):
     return res
 
 
-forks = pytest.mark.skipif(not hasattr(os, 'fork'), reason='each change is tried in a fork')
+forks = pytest.mark.skipif(sys.platform != 'linux', reason='each change is tried in a fork')
 
 
 @forks
