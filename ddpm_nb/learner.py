@@ -97,7 +97,7 @@ class EMACallback(Callback):
 
 # %% ../nbs/09_learner.ipynb #e28e35f4
 class DDPMLearner(Learner):
-    "A `Learner` whose model is a `Diffusion`, and who can sample"
+    "A `Learner` whose model is a `Diffusion`, and that can sample"
     first_epoch = 0
     def __init__(self,
         dls:DataLoaders, # Images in [-1, 1]
