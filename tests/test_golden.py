@@ -21,9 +21,11 @@ from ddpm_nb.kit.plots import backward_strip, forward_strip, part_times, plot_lo
 from ddpm_nb.kit.scores import EfficientNetFeatures, FIDCallback, reference
 from ddpm_nb.learner import DDPMCallback, DDPMLearner, EMACallback, ddpm_learner, ema_average
 from ddpm_nb.loss import bits_per_dim, bound_terms, decoder_std, discrete_log_prob, loss_weights
+from ddpm_nb.posterior import p_mean_std
 from ddpm_nb.sampling import ddim, ddim_step, ddim_times
-from ddpm_nb.schedule import SCHEDULES, Schedule, cosine_schedule, extract, linear_schedule, make_schedule, snr
-from ddpm_nb.unet import Block, ResBlock, Unet
+from ddpm_nb.schedule import (SCHEDULES, Schedule, clipped_alphas, cosine_alphas_cumprod, cosine_schedule, extract,
+                              linear_schedule, make_schedule, snr)
+from ddpm_nb.unet import Block, Down, LinearAttention, ResBlock, Unet, Up, time_embedding
 
 sys.path.insert(0, str(Path(__file__).parent/'golden'))
 import make
@@ -104,6 +106,15 @@ def test_defaults():
     assert of(DDPMLearner.show_results)['max_n'] == 6
     want = dict(dim=16, dim_mults=mults, timesteps=50, lr=1e-3, accumulate=2, ema=.9995, schedule='cosine')
     assert {k: of(ddpm_learner)[k] for k in want} == want
+    config = dict(dim=8, init_dim=8, out_dim=3, dim_mults=(1,), channels=3, resnet_block_groups=8, attention='all')
+    assert Unet(8, dim_mults=[1]).config == config
+    small = make.NETS['deep']
+    assert Unet(**small).config == small and Unet(**small).channels == 1
+    assert Block(8, 16).norm.num_groups == ResBlock(8, 8, 32).block2.norm.num_groups == 8
+    assert all(isinstance(o(8, 8, 32, 8, True).attn, LinearAttention) for o in (Down, Up))
+    d = Diffusion(Stub(), image_size=4)
+    assert d.num_timesteps == len(d.schedule) == 1000
+    assert d.sample(sampler=lambda *o: [(0, o[2], 0)]).shape == (16, 3, 4, 4)
 
 
 # --- Algorithm 1
@@ -170,6 +181,47 @@ def test_forward_is_algorithm_1():
     if not torch.equal(pulls[0], recovered(x_0, *net.told[0], T).sign()): pulls = net.pulls
     noise = check_algorithm_1([(x_0, x, t, p) for (x, t), p in zip(net.told, pulls)], T)
     near(torch.stack(losses), noise.abs().flatten(1).mean(1), 1e-5)
+
+
+def test_given_noise_is_the_noise():
+    net = Stub()
+    d, x_0 = Diffusion(net, image_size=4, channels=1, timesteps=10), torch.linspace(-1, 1, 64).reshape(4, 1, 4, 4)
+    z = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    near(d(x_0, z), z.abs().mean())
+    near(recovered(x_0, *net.told[-1], 10), z, 1e-4)
+    asked = []
+    def noise_like(shape, device=None):
+        asked.append((shape, device))
+        return z
+    d.noise_like = noise_like
+    t = torch.tensor([0, 3, 5, 9])
+    ab = torch.tensor(np.cumprod(make.cosine(10)), dtype=torch.float32)[t][:, None, None, None]
+    near(d.q_sample(x_0, t), ab.sqrt()*x_0 + (1 - ab).sqrt()*z)
+    near(d.p_losses(x_0, t), z.abs().mean())
+    assert d.draw(x_0)[1] is z and d.draw(x_0, 2*z)[1][0, 0, 0, 0] == 2*z[0, 0, 0, 0]
+    d.p_sample(x_0, t, 3)
+    d.p_sample_loop(x_0)
+    assert asked == [(x_0.shape, x_0.device)]*(4 + 9)
+    with pytest.raises(ValueError, match=re.escape('must be of shape (1, 4, 4), but are of (3, 4, 4)')):
+        d(torch.zeros(2, 3, 4, 4))
+
+
+def test_everything_stays_on_its_device():
+    "Where tensors have no numbers, those of two devices still do not mix"
+    d, x_0 = fake_diffusion(T=5).to('meta'), torch.zeros(3, 2, 4, 4, device='meta')
+    t, noise = d.draw(x_0)
+    res = [t, noise, d(x_0), d.p_losses(x_0, t), d.q_sample(x_0, t), d.denoise(x_0, t), d.p_sample(x_0, t, 3),
+           d.sample(3), d.sample(3, sampler=ddim, eta=1., steps=3), bits_per_dim(d.denoise, d.schedule, x_0),
+           d.noise_like((2, 2)), q_chain(d.schedule, x_0, 3), time_embedding(t, 8)]
+    assert all(o.device.type == 'meta' for o in res) and d.device.type == 'meta'
+    assert d.noise_like((2,), 'cpu').device.type == 'cpu'
+    seen = []
+    def denoise(x, t):
+        seen.append(t.device.type)
+        return x
+    for f in (ancestral, ddim): list(f(denoise, d.schedule, x_0))
+    bound_terms(denoise, d.schedule, x_0)
+    assert set(seen) == {'meta'}
 
 
 def flat_pictures(path, n=32, size=17):
@@ -272,6 +324,30 @@ class Fake(nn.Module):
     def forward(self, x, t):
         self.told.append((x.detach(), t))
         return self.one*make.fake(x, t[:, None, None, None].to(x.dtype), torch.tanh, torch.cos)
+
+
+def test_a_learner_makes_its_model(tmp_path):
+    dls = image_dls(flat_pictures(tmp_path), 16, 16, device='cpu')
+    def seen(learn):
+        d, config = learn.diffusion, learn.diffusion.model.config
+        assert d is learn.model and d.image_size == 16 and d.num_timesteps == len(d.schedule)
+        assert d.channels == config['channels'] == 3
+        ema, n = getattr(learn, 'ema', None), getattr(learn, 'gradient_accumulation', None)
+        return dict({k: config[k] for k in ('dim', 'dim_mults', 'attention')}, timesteps=d.num_timesteps, lr=learn.lr,
+                    accumulate=n.n_acc//16 if n else 1, ema=ema and ema.decay, schedule=d.schedule_name)
+    want = dict(dim=16, dim_mults=(1, 2, 4, 8), timesteps=50, lr=1e-3, accumulate=2, ema=.9995, schedule='cosine',
+                attention='all')
+    assert seen(ddpm_learner(dls)) == want
+    want = dict(dim=8, dim_mults=(1, 2), timesteps=7, lr=.01, accumulate=1, ema=None, schedule='linear',
+                attention='none')
+    assert seen(ddpm_learner(dls, **want)) == want
+    assert EMACallback().decay == .9995 and not any(
+        p.requires_grad for p in fitted(ddpm_learner(dls, 8, (1,), 5)).averaged.parameters())
+
+
+def fitted(learn):
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    return learn
 
 
 def test_a_repeated_sample_starts_from_its_seed(tmp_path):
@@ -414,6 +490,11 @@ def test_coefficients():
     assert set(s.state_dict()) == {*want, 'posterior_mean_coef_xt', 'posterior_mean_coef_x0'}
     assert len(s) == 20 and 'timesteps=20' in repr(s)
     near(snr(torch.tensor(a)), ab/(1 - ab), 1e-12)
+    u = np.cos((np.arange(6)/5 + .008)/1.008*np.pi/2)**2
+    near(cosine_alphas_cumprod(5), u/u[0], 1e-12)
+    near(clipped_alphas(torch.tensor([1., .5, .6, 1e-9])), [.5, 1, .001], 1e-7)
+    with pytest.raises(AssertionError, match='int64 time indices, but is float32$'):
+        extract(torch.tensor(a), torch.tensor([3.]), (1, 1))
     near(extract(torch.tensor(a), torch.tensor([3, 0]), (2, 1, 4, 4)), a[[3, 0]].reshape(2, 1, 1, 1), 0)
 
 
@@ -453,7 +534,7 @@ def test_chains(name):
     near(torch.stack([o[1] for o in steps])[:, :1], gold(f'chains/{name}/x'), 3e-5)
     near(torch.stack([o[2] for o in steps])[:, :1], gold(f'chains/{name}/x_0'), 3e-5)
     near(steps[-1][1], gold(f'chains/{name}/last'), 3e-5)
-    assert len(asked) in ((len(times) - 1, len(times)) if kwargs.get('eta', f is make.ancestral) else (0, len(times)))
+    assert len(asked) == (len(times) - 1 if f is make.ancestral else len(times) if kwargs.get('eta') else 0)
 
 
 def test_an_oracle_makes_its_images():
@@ -525,6 +606,7 @@ def test_steps():
     mean, guess = step_back(fake, s, x, t)
     near(guess, want, 3e-5)
     near(mean, make.posterior(a, x.numpy(), want, 5)[0], 3e-5)
+    near(p_mean_std(s, x, t, fake(x, t))[2], want, 3e-5)
 
 
 # --- The bound
