@@ -213,7 +213,7 @@ def unzipping(path):
         with zipfile.ZipFile(path) as z: yield z
     except BadInput: raise
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, RuntimeError) as e:
-        if isinstance(e, OSError) and e.errno != errno.EINVAL: refuse(f"{path} can't be read ({e.strerror})")
+        if isinstance(e, OSError) and e.errno != errno.EINVAL: refuse(f"{path} can't be read ({e.strerror}). Check the path")
         raise Corrupt(f'{path} is a damaged zip ({" ".join(str(e).split())[:100]}). Get it again') from None
 
 # %% ../../nbs/kit/afhq.ipynb #0540ab04

@@ -144,6 +144,7 @@ class Images:
         progress:bool=False, # Show a progress bar?
     ):
         if on_bad not in ('error', 'skip'): refuse(f'on_bad must be error or skip, but is {on_bad!r}')
+        Image.init() # PIL's plugins, before threads ask for them all at once
         self.files, self.names, self.size, self.on_bad = files, list(names), size, on_bad
         self.x = self.decode_all(progress) if len(names)*3*size**2 <= limit else None
 
