@@ -27,7 +27,7 @@ from .kit.processes import *
 from .kit.fast import *
 from .kit.data import *
 from .kit.faces import builtin_faces
-from .kit.afhq import get_afhq
+from .kit.afhq import AFHQ_URL, get_afhq
 from .kit.plots import *
 from .kit.runs import *
 from .kit.scores import *
@@ -210,14 +210,13 @@ def score_samples(
 # %% ../nbs/11_train.ipynb #c89c196a
 def get_data(
     what:str, # 'afhq' to download AFHQ v2 (7 GB), 'faces' to paint the built-in faces
-    dest:str='./data/afhq', # Folder for AFHQ
+    dest:str='./data/afhq.zip', # Where to put AFHQ
     url:str=None, # Address of AFHQ's zip; the StarGAN v2 repository's by default
-    keep:bool=False, # Keep the zip after unpacking it
     data_class:str='all', # Domain of the built-in faces: cat, dog, wild or all
 ):
     "Get images to train on"
     if what == 'faces': print(builtin_faces(data_class))
-    elif what == 'afhq': print(get_afhq(dest, keep=keep, **({} if url is None else dict(url=url))))
+    elif what == 'afhq': print(get_afhq(dest, url or AFHQ_URL))
     else: refuse(f'what must be afhq or faces, but is {what!r}')
 
 ddpm_train, ddpm_visualize = command(train_diffusion, 'ddpm_train'), command(visualize_diffusion, 'ddpm_visualize')

@@ -13,7 +13,6 @@ from PIL import Image
 
 from ddpm_nb import train
 from ddpm_nb.diffusion import Diffusion
-from ddpm_nb.kit.afhq import safe_extract
 from ddpm_nb.kit.checks import BadInput
 from ddpm_nb.kit.commands import ints
 from ddpm_nb.kit.data import UNREADABLE, decode, image_dls
@@ -97,11 +96,7 @@ def test_zips(tmp_path_factory, es, todo):
     (root/'in/a.zip').write_bytes(data)
     try: image_dls(root/'in/a.zip', 16, 2, 'all', device='cpu')[0]
     except BadInput as e: one_line(e)
-    (root/'in/out').mkdir()
-    try: safe_extract(root/'in/a.zip', root/'in/out')
-    except BadInput as e: one_line(e)
-    assert [p.name for p in root.iterdir()] == ['in'] and {p.name for p in (root/'in').iterdir()} <= {'a.zip', 'out'}
-    assert not [p for p in (root/'in').rglob('*') if p.is_symlink()]
+    assert left(root) == ['in', 'in/a.zip']
 
 # Checkpoints
 

@@ -128,7 +128,7 @@ def test_kaggle_attached(tutorial, tmp_path, kind):
 def test_kaggle_afhq(tutorial, server, tmp_path):
     server.data = afhq()
     check(tutorial('kaggle', url=server.url, data='afhq'), tmp_path/'work'/'results')
-    assert (tmp_path/'kaggle'/'temp'/'afhq'/'train').is_dir()
+    assert (tmp_path/'kaggle'/'temp'/'afhq.zip').is_file()
 
 
 def test_kaggle_nothing_attached(tutorial, tmp_path, cache):

@@ -75,7 +75,9 @@ class Files:
         if n > MAX_BYTES: raise ValueError(f'{n} bytes, more than {MAX_BYTES}')
         if not self.zip or not info: return (self.path/name).read_bytes()
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): raise ValueError('a rare compression')
-        with self.zip.open(info) as f: return f.read(n + 1) # to its end, where the checksum is looked at
+        with self.zip.open(info) as f: data = f.read(n + 1) # to its end, where the checksum is looked at
+        if len(data) != n: raise ValueError('cut short')
+        return data
 
 # %% ../../nbs/kit/data.ipynb #5dffa1b3
 def splits(names)->dict:
