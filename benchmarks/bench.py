@@ -5,11 +5,12 @@
     python benchmarks/bench.py --what quality --data animals.zip # time to a held-out loss: 10 minutes more
     python benchmarks/bench.py --what plain --data animals.zip   # what the speed costs in quality: 10 minutes more
     python benchmarks/bench.py --what compile                    # what torch.compile would change: 5 minutes
-    python benchmarks/bench.py --what step --device cuda         # on a GPU, eager and compiled; also --what sample
+    python benchmarks/bench.py --device cuda                     # on a GPU, step, sample and train: 5 minutes
 
 Each line of work runs in a process of its own for each competitor and round. A competitor's setting (precision and
-memory layout, on a GPU compiled or not, and for sampling the images at a time) is the best of those tried, ours
-included. Results go to results.json, with a description of the machine.
+memory layout, on a GPU eager or compiled, and for sampling the images at a time) is the best of those tried, ours
+included. On a GPU ours also run as this package runs them, a step as one CUDA graph. Results go to results.json, with a
+description of the machine.
 """
 import json, os, platform, resource, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -48,11 +49,11 @@ def network(name, dim=16, size=32):
     return Unet(dim)
 
 
-def ready(name, last, fast, *args):
-    "A network on the device, in its layout, compiled where `fast`"
+def ready(name, last, mode, *args):
+    "A network on the device, in its layout, as it is ('eager'), 'compiled', or to be recorded as a 'graph'"
     net = network(name, *args).to(DEV)
     if last: net.to(memory_format=torch.channels_last)
-    if fast: net.compile(mode='reduce-overhead')
+    if mode == 'compiled': net.compile(mode='reduce-overhead')
     return net
 
 
@@ -71,16 +72,24 @@ def medians(f, n=9, warm=3):
 
 
 def settings(name):
-    "bf16, channels_last and compiled to try; our networks choose their own layout, and on a CPU none is compiled"
-    layouts, compiled = (True,) if name in OURS else (False, True), (False, True) if DEV == 'cuda' else (False,)
-    return [(b, l, c) for b in (False, True) for l in layouts for c in compiled]
+    "bf16, channels_last and mode to try; our networks choose their own layout, and on a CPU all are eager"
+    layouts, modes = (True,) if name in OURS else (False, True), ('eager',)
+    if DEV == 'cuda': modes = ('eager', 'compiled', 'graph') if name in OURS else ('eager', 'compiled')
+    return [(b, l, m) for b in (False, True) for l in layouts for m in modes]
 
 
-def step(name, bf16, last, fast=False, batch=32, size=32, dim=16, n=9):
-    "Seconds of one forward, backward and Adam step"
-    net = ready(name, last, fast, dim, size)
+def step(name, bf16, last, mode='eager', batch=None, size=32, dim=16, n=9):
+    "Seconds of one forward, backward and Adam step, on a GPU of the 64 images that training takes at once"
+    batch = batch or (64 if DEV == 'cuda' else 32)
+    net = ready(name, last, mode, dim, size)
     opt = torch.optim.Adam(net.parameters(), 1e-3, fused=True)
     x = torch.randn(batch, 3, size, size, device=DEV)
+    if mode == 'graph':
+        from ddpm_nb.diffusion import Diffusion
+        from ddpm_nb.kit.fast import Captured, TrainStep
+        d = Diffusion(net, image_size=size, timesteps=STEPS).to(DEV)
+        whole = Captured(TrainStep(d, opt, torch.bfloat16 if bf16 else None)) # noising and draws are in it too
+        return medians(lambda: whole(x), n, 5)
     if last: x = x.contiguous(memory_format=torch.channels_last)
     noise, t = torch.randn_like(x), torch.randint(0, STEPS, (batch,), device=DEV)
     def f():
@@ -89,18 +98,21 @@ def step(name, bf16, last, fast=False, batch=32, size=32, dim=16, n=9):
     return medians(f, n)
 
 
-def compiled(on):
-    "Seconds of the lean network's first step, and of a later one, with `torch.compile` or without"
-    start = time.perf_counter()
+def compiled(mode):
+    "Seconds of the lean network's first step, and of a later one, compiled or eager"
+    start, on = time.perf_counter(), mode
     step('lean', True, True, on, n=1)
     return dict(first=time.perf_counter() - start, later=step('lean', True, True, on))
 
 
-def sample(name, bf16, last, fast, chunk, images=512, steps=STEPS):
+def sample(name, bf16, last, mode, chunk, images=512, steps=STEPS):
     "Seconds an image for `images` of them by `steps` reverse steps, `chunk` at a time; compiling is not counted"
     from ddpm_nb.schedule import make_schedule
     from ddpm_nb.posterior import p_mean_std
-    net, sched = ready(name, last, fast).eval(), make_schedule(timesteps=STEPS).to(DEV)
+    net, sched = ready(name, last, mode).eval(), make_schedule(timesteps=STEPS).to(DEV)
+    if mode == 'graph':
+        from ddpm_nb.kit.fast import Captured
+        net = Captured(net)
     def one(steps):
         x = torch.randn(chunk, 3, 32, 32, device=DEV)
         if last: x = x.contiguous(memory_format=torch.channels_last)
@@ -110,10 +122,29 @@ def sample(name, bf16, last, fast, chunk, images=512, steps=STEPS):
             mean, std, _ = p_mean_std(sched, x, t, e)
             x = mean + std*torch.randn_like(x)
     with torch.no_grad():
-        if DEV == 'cuda': one(3)
+        if DEV == 'cuda': one(5)
         start = now()
         for _ in range(0, images, chunk): one(steps)
         return (now() - start)/(-(-images//chunk)*chunk)
+
+
+def train(steps, data):
+    "On a GPU: seconds of `ddpm_train` at the defaults in all, of its first step, and of a later one; of 512 samples"
+    from fastai.callback.core import Callback
+    from ddpm_nb import train as t
+    class Clock(Callback):
+        times = []
+        def after_batch(self):
+            if self.training and len(self.times) in (0, steps//2 - 1, steps - 1): self.times.append(now())
+            elif self.training: self.times.append(None)
+    begin, make = time.perf_counter(), t.ddpm_learner
+    t.ddpm_learner = lambda *args, cbs, **kwargs: make(*args, cbs=[*cbs, Clock()], **kwargs)
+    with tempfile.TemporaryDirectory() as d:
+        learn = t.train_diffusion(steps, steps, save_folder=d, data_path=data, device=DEV)
+    whole, ts = now() - begin, Clock.times
+    learn.sample(512)
+    return dict(seconds=whole, first=ts[0] - begin, step=(ts[steps - 1] - ts[steps//2 - 1])/(steps - steps//2),
+                sample_512=medians(lambda: learn.sample(512), 3, 1), held_out=float(learn.recorder.values[-1][1]))
 
 
 def memory(what, n):
@@ -220,16 +251,19 @@ def show(title, res, unit=1e3):
 
 
 def bench(
-    what:str='all', # 'all', or one of step, step_keep, sample, memory, score, growth, quality, plain, compile
-    data:str=None, # Folder or zip file of images for quality and plain
-    device:str='cpu', # 'cpu', or 'cuda' for step and sample
+    what:str='all', # 'all', or one of step, step_keep, sample, memory, score, growth, quality, plain, compile, train
+    data:str=None, # Folder or zip file of images for quality, plain and train
+    device:str='cpu', # 'cpu', or 'cuda' for step, sample and train
+    steps:int=1000, # Steps of train
     rounds:int=4, # Rounds of A B A B
     out:str=str(HERE/'results.json'), # Where the results go; kept results of other work stay
 ):
     "Measure, print, and keep"
     global DEV
-    if device != 'cpu' and (device != 'cuda' or what not in ('step', 'sample')):
-        refuse(f'device must be cpu, or cuda for step and sample, but is {device!r} for {what}')
+    of_gpu = ('step', 'sample', 'train')
+    if device != 'cpu' and (device != 'cuda' or what not in ('all', *of_gpu)):
+        refuse(f'device must be cpu, or cuda for step, sample and train, but is {device!r} for {what}')
+    wanted = lambda k: what == k or what == 'all' and (device == 'cpu' or k in of_gpu)
     os.environ['DEVICE'] = DEV = device
     names, out = OURS + PEERS, Path(out)
     kept = json.loads(out.read_text()) if out.exists() else {}
@@ -237,27 +271,30 @@ def bench(
     res['machine'] = machine()
     print(res['machine'])
     for key in ('step', 'step_keep'):
-        if what not in ('all', key): continue
+        if not wanted(key): continue
         os.environ['KEEP'] = '1' if key == 'step_keep' else ''
         res[key] = in_turn(step, names, settings, rounds)
-        show('training, ms for a step of 32 images' + ', freed memory kept for all'*(key == 'step_keep'), res[key])
+        show(f"training, ms for a step of {64 if DEV == 'cuda' else 32} images" + ', freed memory kept for all'*(key == 'step_keep'), res[key])
     os.environ['KEEP'] = ''
-    if what in ('all', 'sample'):
+    if wanted('sample'):
         choices = lambda n: [(*s, c) for s in settings(n) for c in ((32, 64, 128) if DEV == 'cpu' else (128, 512))]
         res['sample'] = in_turn(sample, OURS + PEERS[:1], choices, min(rounds, 2), 128, 4)
         show('sampling 512 images at T = 50, ms an image', res['sample'])
-    if what in ('all', 'memory'):
+    if what == 'train' or DEV == 'cuda' and wanted('train'):
+        res['train'] = apart(train, steps, data)
+        print(f'\nddpm_train for {steps} steps, s', res['train'])
+    if wanted('memory'):
         work = ('train', 20), ('sample', 100), ('sample', 10_000)
         res['memory'] = {f'{w} {n}': apart(memory, w, n) for w,n in work}
         print('\npeak memory, MiB', res['memory'])
-    if what in ('all', 'score'):
+    if wanted('score'):
         res['score'] = {k: [apart(score, k) for _ in range(2)] for k in ('ours', 'clean-fid')}
         print('\nfeatures of 512 images, s', res['score'])
-    if what in ('all', 'growth'):
+    if wanted('growth'):
         usual = dict(batch=32, size=32, dim=16)
         axes = dict(batch=(8, 16, 32, 64, 128), size=(16, 32, 64), dim=(8, 16, 32))
-        grow = lambda n, **kw: apart(step, n, True, n in OURS, False, *(usual | kw).values(), 5)
-        over_t = lambda n: [(t, apart(sample, n, True, n in OURS, False, 64, 64, t)) for t in (10, 25, 50)]
+        grow = lambda n, **kw: apart(step, n, True, n in OURS, 'eager', *(usual | kw).values(), 5)
+        over_t = lambda n: [(t, apart(sample, n, True, n in OURS, 'eager', 64, 64, t)) for t in (10, 25, 50)]
         names = OURS + PEERS[:1]
         res['growth'] = {k: {n: [(v, grow(n, **{k: v})) for v in vs] for n in names} for k,vs in axes.items()}
         res['growth']['T'] = {n: over_t(n) for n in names}
@@ -276,7 +313,7 @@ def bench(
             ours, plain = r['default']['loss'], r['plain']['loss']
             print(f'{n:12} {ours:.5f} at the defaults, {plain:.5f} in fp32 with plain modules: {ours/plain:.3f}')
     if what == 'compile':
-        res['compile'] = {k: apart(compiled, k == 'compiled') for k in ('eager', 'compiled')}
+        res['compile'] = {k: apart(compiled, k) for k in ('eager', 'compiled')}
         print('\ntorch.compile', res['compile'])
     out.write_text(json.dumps(kept, indent=1))
 

@@ -22,12 +22,19 @@ class Features:
     def __init__(self,
         x, # Features, shape (n, d); tensor or array
     ):
-        self.x, self.kept = torch.as_tensor(x).detach().cpu(), {}
+        x = torch.as_tensor(x).detach()
+        self.x, self.kept = x if x.is_cuda else x.cpu(), {} # not every GPU has the float64 that distances want
         if self.x.ndim != 2 or len(self.x) < 2 or not self.x.isfinite().all():
             refuse(f'features must be at least 2 rows of finite numbers, but are of shape {tuple(self.x.shape)}'
                    + (', some of them NaN or infinite' if not self.x.isfinite().all() else ''))
 
     def __len__(self)->int: return len(self.x)
+    def to(self, device)->'Features': # The same object
+        "Move the features, and forget what was computed of them elsewhere"
+        if self.x.device != device: self.x, self.kept = self.x.to(device), {}
+        for k in ('mean', 'rows', 'cov', 'root'):
+            if k in vars(self) and vars(self)[k].device != self.x.device: del vars(self)[k]
+        return self
     def keep(self,
         k, # A name
         f, # Computes something from the features
@@ -105,6 +112,9 @@ class Network:
     ): self.f, self.name, self.key, self.batch_size = f, name, name if key is None else key, batch_size
 
     def __repr__(self): return f'Network({self.name})'
+    def batch_on(self, device)->int:
+        "Images at a time: a GPU takes many"
+        return self.batch_size*(16 if torch.device(device).type == 'cuda' else 1)
     @property
     def label(self):
         "What a distance in its features is called: 'FID', or 'FD' with the network's name"
@@ -116,7 +126,8 @@ class Network:
         progress:bool=False, # Show a progress bar?
     )->Features: # Of each image
         "The features of images, resized as clean-fid does"
-        return self.all(to_bytes(images).split(self.batch_size), device, progress)
+        device = best_device(device)
+        return self.all(to_bytes(images).split(self.batch_on(device)), device, progress)
 
     def all(self,
         batches, # Batches of uint8 images, each of shape (b, 3, h, w); a sequence
@@ -125,11 +136,12 @@ class Network:
     )->Features: # Of all images
         "The features of images that come in batches, so that they need not all be in memory"
         device, res = best_device(device), []
+        half = torch.autocast(device.type, torch.float16, enabled=device.type == 'cuda') # its 11 bits are enough
         if isinstance(self.f, nn.Module): self.f.to(device).eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), half:
             for x in bar(batches, progress):
                 x = clean_resize(x.to(device)).contiguous(memory_format=torch.channels_last)
-                res.append(in_shares(lambda x: check_features(self.f(x), len(x), self.name).float(), x).cpu())
+                res.append(in_shares(lambda x: check_features(self.f(x), len(x), self.name).float(), x))
         return Features(torch.cat(res))
 
 # %% ../nbs/10_fid.ipynb #fa0f54ed
@@ -267,6 +279,7 @@ def compute_fid(
 )->Score: # The distance and its companions
     "Score generated images against real ones"
     f = images if isinstance(images, Features) else net(images, device, progress)
+    real.to(f.x.device)
     if f.dim != real.dim:
         refuse(f'images and reference must be seen by the same network, but have {f.dim} and {real.dim} features each')
     if min(len(f), len(real)) < 6:

@@ -70,9 +70,9 @@ def ema_average(
     decay:float=0.9995, # Largest decay, from 0 to 1
 ): # A function for `AveragedModel(multi_avg_fn=...)`
     "An exponential moving average whose decay warms up (@eq-ema)"
-    def _f(averaged, current, n):
-        d = min(decay, (1 + int(n))/(10 + int(n)))
-        torch._foreach_lerp_(averaged, current, 1 - d)
+    def _f(averaged, current, n): # of which `n`, a tensor, counts the steps so far
+        w = torch.where(n > 0, (9/(10 + n)).clamp(min=1 - decay), 1.) # 1 - d; the first step is taken whole
+        torch._foreach_add_(averaged, torch._foreach_mul(torch._foreach_sub(current, averaged), w))
     return _f
 
 # %% ../nbs/09_learner.ipynb #53ef672b
@@ -128,26 +128,29 @@ class DDPMLearner(Learner):
         **kwargs # For `Diffusion.sample`, such as `sampler=ddim, steps=10`
     )->Tensor: # Values in [0, 1], shape (n, c, h, w)
         "`n` new images, by the averaged weights"
-        d = shared(self.averaged)
+        d = graphed(shared(self.averaged))
         was = random_states(d.device)
         if seed is not None: torch.manual_seed(seed)
         try:
-            with autocast('auto', d.device): return d.sample(n, **kwargs)
+            with autocast(d.device): return d.sample(n, **kwargs)
         finally:
             if seed is not None: set_random_states(was, d.device)
 
+    def to_fp16(self, amp_mode:str='fp16')->'DDPMLearner': # The learner
+        "Train in float16"
+        return self.add_cb(Half(amp_mode))
+
     def to_bf16(self)->'DDPMLearner': # The learner
         "Train in bfloat16"
-        return self.add_cb(BF16())
+        return self.to_fp16('bf16')
 
     def compile(self,
-        **kwargs # For `torch.compile`, in place of `mode='reduce-overhead'`
+        **kwargs # For `torch.compile`
     )->'DDPMLearner': # The learner
         "Compile the network at its first batch; raises `BadInput` where `check_compile` does"
-        kwargs = kwargs or dict(mode='reduce-overhead')
         check_compile(self.dls.device, **kwargs)
         self.diffusion.model.compile(**kwargs)
-        return self.add_cb(OwnGradients())
+        return self
 
 # %% ../nbs/09_learner.ipynb #4d17ec42
 def ddpm_learner(
@@ -176,7 +179,10 @@ def ddpm_learner(
     own = [DDPMCallback(), FiniteCallback(nonfinite)]
     if ema is not None: own.append(EMACallback(ema))
     if world() > 1: own.append(ProcessesCallback())
-    if check_int('accumulate', accumulate) > 1: own.append(GradientAccumulation(accumulate*bs))
+    n, graph = check_int('accumulate', accumulate), dls.device.type == 'cuda' and world() == 1
+    if graph and n*bs <= dls.train.n: dls.train.bs, n = n*bs, 1 # at once: the same gradient
+    if n > 1: own.append(GradientAccumulation(n*bs))
+    if graph: own.append(GraphCallback(model_loss))
     lr = check_float('learning_rate', lr, above=True)
     return DDPMLearner(dls, diffusion.to(dls.device), lr=lr, cbs=own + list(L(cbs)), **kwargs)
 

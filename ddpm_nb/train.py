@@ -15,7 +15,6 @@ from .kit.checks import *
 
 import torch
 from fastcore.meta import delegates
-from torchvision.utils import save_image
 
 from .unet import *
 from .diffusion import *
@@ -55,8 +54,8 @@ def train_diffusion(
     n_samples:int=36, # Samples drawn at each milestone
     fid_samples:int=512, # Samples to score at each milestone
     network:str=None, # 'inception', 'efficientnet-lite0' or a path to Inception's file; by default the first found
-    precision:str='auto', # 'fp32', 'bf16', or 'auto': bf16 where the device multiplies it in hardware
-    compile:bool=False, # Compile the network, on a GPU into CUDA graphs; takes about a minute at the start
+    precision:str='auto', # 'fp32', 'bf16', 'fp16', or 'auto': the fastest that is safe on the device
+    compile:bool=False, # Compile the network; takes about a minute at the start
     on_bad:str='error', # What to do about unreadable images, 'error' or 'skip'
     keep_checkpoints:int=2, # Checkpoints kept: model.pt, and those before it as model_STEP.pt
     nonfinite:str='stop', # At a loss or gradient that is not finite, 'stop', or 'skip' the step
@@ -74,7 +73,7 @@ def train_diffusion(
     if ckpt and ckpt['step'] >= train_steps:
         refuse(f"train_steps must be more than {ckpt['step']}, the steps of the model, but is {train_steps}")
     net = get_network(network) if fid else None
-    if compile: check_compile(device, mode='reduce-overhead')
+    if compile: check_compile(device)
     dls = image_dls(images_at(data_path, data_class), image_size, batch_size, data_class,
                     epoch_size=save_and_sample_every*2*batch_size, on_bad=on_bad, device=device, progress=True)
     scores = []
@@ -104,7 +103,7 @@ def check_train(c):
     check_model(c['image_size'], dim=c['unet_dim'], dim_mults=c['unet_dim_mults'], attention=c['attention'])
     for k,known in dict(on_bad=('error', 'skip'), nonfinite=('stop', 'skip')).items():
         if c[k] not in known: refuse(f"{k} must be {' or '.join(known)}, but is {c[k]!r}")
-    use_bf16(c['precision'])
+    precision_on('cpu', c['precision'])
     logger_class(c['logger'])
 
 # %% ../nbs/11_train.ipynb #878d5281
@@ -115,7 +114,9 @@ def run(c, dls, model, folder, scores=(), ckpt=None):
     cbs = [StepLoss(folder), CheckpointCallback(folder, c['keep_checkpoints']), Curves(folder),
            GridCallback(folder, every, c['n_samples'], c['seed']), *scores, *logger_cbs(c['logger'], folder, c)]
     learn = ddpm_learner(dls, lr=c['learning_rate'], diffusion=model, nonfinite=c['nonfinite'], cbs=cbs, path=folder)
-    if use_bf16(c['precision'], dls.device): learn.to_bf16()
+    precision = precision_on(dls.device, c['precision'])
+    if precision in HALF: learn.to_fp16(precision)
+    print(f'training on {dls.device} in {precision}')
     if c['compile']: learn.compile()
     fit_steps(learn, total, every, ckpt, c['resume'])
     print(f'{total} steps done; samples, loss and model are in {folder}')
@@ -163,6 +164,7 @@ def sample_diffusion(
 )->Path: # The folder
     "New images from a checkpoint, as files"
     check_int('n', n); keep_freed_memory()
+    from torchvision.utils import save_image # importing it takes seconds
     folder, d, i = check_path('save_folder', save_folder), load_model(load_path, join_processes(device)), 0
     pick_sampler(sampler, steps, eta, d.num_timesteps)
     seed_everything(seed)

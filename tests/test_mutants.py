@@ -194,7 +194,7 @@ SURVIVED = { # what: module or notebook, old text, new text, guard
         L, 'after_step(self): self.avg', 'after_step(self): self.learn.ddpm.steps % 10 or self.avg',
         'average_of_the_weights'),
     'accumulation counts wrong': (
-        L, 'GradientAccumulation(accumulate*bs)', 'GradientAccumulation((accumulate - 1)*bs)',
+        L, 'GradientAccumulation(n*bs)', 'GradientAccumulation((n - 1)*bs)',
         'accumulated_batches_make_one_step'),
     'half the contrast': (
         L, 'x_0 = self.x.as_subclass(Tensor)', 'x_0 = self.x.as_subclass(Tensor)/2', 'a_run_is_algorithm_1'),

@@ -260,14 +260,3 @@ def test_epochs(every, total, start, sizes):
     epochs.dls.train, seen = Loader(), []
     for _ in range(n): epochs.before_epoch(); seen.append(epochs.dls.train.n//10)
     assert seen == sizes
-
-
-def test_gradients_of_their_own(pics, tmp_path):
-    "They are there before a batch, so that a compiled network adds to them"
-    class Look(Callback):
-        order = 5
-        def before_batch(self):
-            if self.training: assert all(p.grad is not None for p in self.learn.diffusion.parameters())
-    runs = dict(a=(), b=(OwnGradients(), Look()))
-    losses = [train(tiny(pics, tmp_path/name, cbs), 4, 2).step_loss.rows for name,cbs in runs.items()]
-    assert losses[0] == losses[1]

@@ -21,7 +21,7 @@ from .processes import *
 import numpy as np, torch
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.vision.core import TensorImage
-from fastcore.basics import chunked, noop
+from fastcore.basics import noop
 from fasttransform import Transform
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -153,9 +153,9 @@ class Images:
     def __len__(self): return len(self.names)
 
     def __getitem__(self, i):
-        "A tuple of one picture, or of one batch where `i` is a list"
-        idxs = [int(i)] if (one := isinstance(i, (int, np.integer))) else list(i)
-        x = self.decode_some(idxs) if self.x is None else self.x[idxs]
+        "A tuple of one picture, or of one batch where `i` is a list or a tensor"
+        idxs = [int(i)] if (one := isinstance(i, (int, np.integer))) else i
+        x = self.decode_some([int(o) for o in idxs]) if self.x is None else self.x[idxs]
         return (TensorImage(x[0] if one else x),)
 
     def decode_one(self, name:str)->np.ndarray|str: # uint8, shape (3, size, size), or the reason why not
@@ -245,7 +245,9 @@ class ImageDL(TfmdDL):
         if not getattr(self, '_types', None): self._one_pass() # fastai looks at one picture and draws random numbers
         on_start, self.on_start = self.on_start, noop
         on_start()
-        yield from (self.dataset[b] for b in chunked(samps, self.bs, self.drop_last))
+        device = getattr(getattr(self.dataset, 'x', None), 'device', None)
+        idxs = torch.tensor([*samps], dtype=torch.int64, device=device) # there at once, or each batch would wait for its own
+        yield from (self.dataset[b] for b in idxs.split(self.bs) if len(b) == self.bs or not self.drop_last)
 
 # %% ../../nbs/kit/data.ipynb #81e4d24f
 def image_dls(

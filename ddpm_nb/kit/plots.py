@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from ..diffusion import *
 from .checks import *
@@ -36,6 +35,7 @@ def show_grid(
     title:str='', # Title of the figure
 )->Figure: # The figure
     "Images side by side"
+    from torchvision.utils import make_grid # importing it takes seconds
     ncols = ncols or math.ceil(len(images)**.5)
     ax = (fig := Picture(ncols*size, math.ceil(len(images)/ncols)*size + .3*bool(title))).subplots()
     ax.imshow(make_grid(images.cpu().float().clamp(0, 1), ncols, pad_value=1.).permute(1, 2, 0))

@@ -22,7 +22,7 @@ from ..diffusion import Diffusion
 from ..sampling import SAMPLERS
 from .files import load_diffusion
 from .processes import *
-from .fast import autocast
+from .fast import autocast, graphed
 from .data import *
 from .faces import builtin_faces
 
@@ -35,7 +35,7 @@ def load_model(
     own = Path('results/model.pt')
     if path is None and own.exists(): path = own
     if path is None: print(f'no {own} here: this is the model that comes with ddpm_nb, of the cats of CIFAR-10')
-    return shared(load_diffusion(path, device))
+    return graphed(shared(load_diffusion(path, device)))
 
 # %% ../../nbs/kit/samples.ipynb #b0000004
 def pick_sampler(
@@ -73,7 +73,7 @@ def passes(
     for i in range(0, n, size):
         k = min(size, n - i)
         shown = watched(f, steps or d.num_timesteps, f'images {i + 1} to {i + k}')
-        with autocast('auto', d.device): x = d.sample(k, shown, **kwargs)
+        with autocast(d.device): x = d.sample(k, shown, **kwargs)
         yield x.cpu()
 
 # %% ../../nbs/kit/samples.ipynb #b0000009

@@ -126,7 +126,7 @@ def keep(f, path):
     if rank(): return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with complete(path) as tmp: np.save(tmp, f.x.numpy())
+        with complete(path) as tmp: np.save(tmp, f.x.cpu().numpy())
     except (OSError, CannotWrite) as e: print(f'features are not kept: {e}', file=sys.stderr)
 
 # %% ../../nbs/kit/scores.ipynb #82b47627
@@ -168,7 +168,7 @@ def reference(
     if everywhere(known is not None) and known: return known
     if images is None:
         images = Images(files, names, int(1.12*size) if view == 'eval' else size, on_bad=on_bad, progress=progress)
-    f = net.all(Batches(images, size, net.batch_size, n), device, progress)
+    f = net.all(Batches(images, size, net.batch_on(best_device(device)), n), device, progress)
     if net.key: keep(f, path)
     return f
 
