@@ -18,7 +18,6 @@ from .checks import *
 import numpy as np, torch
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.training import GradientClip
 from fastai.learner import AvgSmoothLoss, Learner, Recorder
 from fastai.optimizer import OptimWrapper
 from filelock import FileLock, Timeout
@@ -127,15 +126,14 @@ class GraphCallback(Callback):
         loss_func, # Of a learner whose model returns the loss
     ): self.loss_func, self.saved, self.step = loss_func, None, None
 
-    def replaced(self)->list: # Callbacks
+    def replaced(self)->dict: # Callbacks by name
         "Those whose work in a step it does"
-        own = [o for o in self.learn.cbs if isinstance(o, (FiniteCallback, Half, GradientClip))]
-        return own + [o for o in [getattr(self.learn, 'ema', None)] if o is not None]
+        return {o.name: o for o in self.learn.cbs if o.name in ('finite', 'half', 'gradient_clip', 'ema')}
 
     def can_follow(self)->bool:
         "Does it know everything that happens in a step of this fit?"
-        l, known = self.learn, [self, *self.replaced(), getattr(self.learn, 'step_loss', None)]
-        other = [o for o in l.cbs if all(o is not k for k in known)]
+        l, known = self.learn, {*self.replaced(), 'graph', 'step_loss'}
+        other = [o for o in l.cbs if o.name not in known]
         free = not any(hasattr(o, e) for o in other for e in self.EVENTS)
         free = free and not any(o.order > self.order and hasattr(o, 'before_batch') for o in other)
         adam = isinstance(l.opt, OptimWrapper) and type(l.opt.opt) in (torch.optim.Adam, torch.optim.AdamW)
@@ -143,7 +141,7 @@ class GraphCallback(Callback):
 
     def rest(self, yes):
         self.follows = yes
-        for o in self.replaced(): o.run_train = not yes
+        for o in self.replaced().values(): o.run_train = not yes
 
     def before_fit(self):
         self.step = None
@@ -155,8 +153,7 @@ class GraphCallback(Callback):
 
     def begin(self, hypers):
         "Make the step, once all that the fit begins with is in place"
-        half, clip = (next((o for o in self.replaced() if isinstance(o, c)), None) for c in (Half, GradientClip))
-        ema = getattr(self.learn, 'ema', None)
+        half, clip, ema = map(self.replaced().get, ('half', 'gradient_clip', 'ema'))
         self.step = TrainStep(self.learn.model, self.opt.opt, half and half.dtype,
                               ema.avg if ema and ema.run else None, clip and clip.max_norm)
         if self.saved: self.step.scaler.load_state_dict(self.saved)
@@ -168,13 +165,12 @@ class GraphCallback(Callback):
         if self.step is None: self.begin(hypers)
         if hypers != self.hypers:
             self.rest(False)
-            for o in self.replaced(): o('before_batch') # which they have missed
+            for o in self.replaced().values(): o('before_batch') # which they have missed
             return
         self.step.set_lr()
         self.learn.loss, bad = self.take(self.xb[0].as_subclass(Tensor))
         self.learn.pred = self.learn.loss
-        for o in self.replaced():
-            if isinstance(o, FiniteCallback): o.note(self.learn.loss, bad)
+        if 'finite' in self.replaced(): self.learn.finite.note(self.learn.loss, bad)
         self.learn('after_loss')
         self.learn('after_step')
         raise CancelBatchException
