@@ -103,8 +103,7 @@ def check_train(c):
     check_model(c['image_size'], dim=c['unet_dim'], dim_mults=c['unet_dim_mults'], attention=c['attention'])
     for k,known in dict(on_bad=('error', 'skip'), nonfinite=('stop', 'skip')).items():
         if c[k] not in known: refuse(f"{k} must be {' or '.join(known)}, but is {c[k]!r}")
-    precision_on('cpu', c['precision'])
-    logger_class(c['logger'])
+    precision_on('cpu', c['precision']); logger_class(c['logger'])
 
 # %% ../nbs/11_train.ipynb #878d5281
 def run(c, dls, model, folder, scores=(), ckpt=None):
