@@ -1,8 +1,23 @@
 "The commands, as processes: what they leave, and how they refuse."
-import json, os
+import json, os, sys
+from types import SimpleNamespace
+
 import pytest
 from PIL import Image
+
 from conftest import TINY
+from ddpm_nb import train
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    "Call a command in this process, which has imported everything already"
+    def run(name, *args):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, 'argv', [name, *args])
+        with pytest.raises(SystemExit) as e: getattr(train, name)()
+        return SimpleNamespace(returncode=e.value.code, **capsys.readouterr()._asdict())
+    return run
 
 
 def test_train_sample_visualize(call, pics, tmp_path):
@@ -52,10 +67,10 @@ def test_scores_in_training_and_after(call, pics, tmp_path):
     ('ddpm_sample', ['--load_path', '--eta']), ('ddpm_fid', ['--view', '--infinity']),
     ('ddpm_data', ['--dest', 'what']),
     ('ddpm_visualize', ['--time_steps', '--train_steps', 'Optimizer steps in all', '--n_samples', 'Images shown'])])
-def test_help_shows_every_flag_with_its_meaning(call, name, flags):
-    r = call(name, '--help')
+def test_help_shows_every_flag_with_its_meaning(here, name, flags):
+    r = here(name, '--help')
     assert r.returncode == 0
-    assert all(f in r.stdout for f in flags)
+    assert all(f in r.out for f in flags)
 
 
 @pytest.mark.parametrize('name, args, says', [
@@ -76,11 +91,18 @@ def test_help_shows_every_flag_with_its_meaning(call, name, flags):
     ('ddpm_data', ['moon'], "what must be afhq or faces, but is 'moon'"),
     ('ddpm_data', ['afhq', '--url', 'ftp://x'], 'ftp://x'),
 ])
-def test_refusals_are_one_line_and_exit_with_2(call, tmp_path, name, args, says):
-    r = call(name, *args)
+def test_refusals_are_one_line_and_exit_with_2(here, tmp_path, name, args, says):
+    r = here(name, *args)
     assert r.returncode == 2
-    assert says in r.stderr and 'Traceback' not in r.stderr
-    assert r.stderr.strip().splitlines()[-1].startswith(name)
+    assert says in r.err and 'Traceback' not in r.err
+    assert r.err.strip().splitlines()[-1].startswith(name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('name', 'ddpm_train ddpm_visualize ddpm_sample ddpm_fid ddpm_data'.split())
+def test_each_command_is_installed(call, tmp_path, name):
+    r = call(name, '--no-such-flag')
+    assert r.returncode == 2 and r.stderr.strip().splitlines()[-1].startswith(name) and 'Traceback' not in r.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,7 @@
 "The package on its own: what an import brings along, and an installation with the newest of everything."
 import subprocess, sys
 
+import pytest
 from conftest import TINY, command
 
 
@@ -11,6 +12,7 @@ def test_sampling_needs_neither_fastai_nor_matplotlib():
     assert r.stdout.strip() == '[]'
 
 
+@pytest.mark.xdist_group('newest')
 def test_newest_stack_trains_samples_and_visualizes(newest, pics, tmp_path):
     extras = 'from importlib.util import find_spec; ' \
              'print([m for m in ("nbdev", "accelerate", "wandb", "tensorboard") if find_spec(m)])'

@@ -217,10 +217,15 @@ def test_functions_are_shown_with_their_source(site):
         assert re.search(rf'^(?:async )?(?:def|class) {name}\b', nb, re.M | re.I), (page, anchor)
 
 
-@pytest.fixture
-def api(monkeypatch):
+@pytest.fixture(scope='module')
+def api():
     "The names of the API page's cells, and what the last one shows"
-    monkeypatch.chdir(top/'nbs')
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(top/'nbs')
+        return said()
+
+
+def said():
     *first, last = [o for o in cells('api.ipynb') if 'eval: false' not in o]
     *lines, value = last.split('\n')
     ns = {}

@@ -11,6 +11,7 @@ from ddpm_nb.kit.scores import NETWORKS
 from ddpm_nb.train import train_diffusion
 from test_afhq import jpeg, make_zip, server
 
+pytestmark = pytest.mark.xdist_group('newest') # installed once
 folder = Path(__file__).parent.parent/'nbs'/'tutorials'
 TINY = '''
 from ddpm_nb.fid import Network
