@@ -82,7 +82,8 @@ class EMACallback(Callback):
     def __init__(self, decay=0.9995): self.decay, self.avg, self.raw = check_float('ema', decay, 0, 1), None, None
     def make(self):
         "Begin the average with the weights as they are"
-        self.avg = AveragedModel(self.learn.diffusion, multi_avg_fn=ema_average(self.decay))
+        d = self.learn.diffusion
+        self.avg = AveragedModel(d, d.device, multi_avg_fn=ema_average(self.decay))
         self.avg.requires_grad_(False).eval()
     def before_fit(self):
         self.swap_back()
@@ -169,7 +170,7 @@ def ddpm_learner(
     **kwargs # More arguments of `DDPMLearner`
 )->DDPMLearner: # Ready to `fit`
     "A fastai `Learner` that trains a denoising diffusion model (Algorithm 1)"
-    bs, (c, size) = dls.train.bs, dls.one_batch()[0].shape[1:3]
+    bs, (c, size) = getattr(dls.train, 'own_bs', dls.train.bs), dls.one_batch()[0].shape[1:3]
     if diffusion is None:
         check_model(size, c, timesteps, schedule, dim, dim_mults, attention)
         net = Unet(dim, dim_mults=dim_mults, channels=c, attention=attention)
@@ -180,6 +181,7 @@ def ddpm_learner(
     if ema is not None: own.append(EMACallback(ema))
     if world() > 1: own.append(ProcessesCallback())
     n, graph = check_int('accumulate', accumulate), dls.device.type == 'cuda' and world() == 1
+    dls.train.own_bs = dls.train.bs = bs
     if graph and n*bs <= dls.train.n: dls.train.bs, n = n*bs, 1 # at once: the same gradient
     if n > 1: own.append(GradientAccumulation(n*bs))
     if graph: own.append(GraphCallback(model_loss))

@@ -9,7 +9,6 @@ __all__ = ['q_posterior', 'predict_x0', 'predict_noise', 'p_mean_std']
 from torch import Tensor
 
 from .schedule import *
-from .forward import *
 
 # %% ../nbs/03_posterior.ipynb #a4f1e51e
 def q_posterior(

@@ -194,11 +194,12 @@ def score_samples(
     device:str=None, # Device such as cpu or cuda:0; the best one by default
 )->Score: # The distance and its companions
     "Score samples of a model, or a folder of images, against real ones"
-    check_int('n', n, 6); pick_sampler(sampler, steps)
+    check_int('n', n, 6)
     keep_freed_memory()
     device = join_processes(device)
     images = load_samples(samples) if are_images(samples) else None
     d = load_model(samples, device) if images is None else None
+    pick_sampler(sampler, steps, timesteps=d.num_timesteps if d else None)
     net, size = get_network(network), d.image_size if images is None else images.shape[-1]
     data = images_at(data_path, data_class)
     real = reference(data, net, size, data_class, split, view, on_bad=on_bad, device=device, progress=True)

@@ -1,5 +1,5 @@
 "A step of training in one piece: when it takes the place of fastai's events, and what happens where it can't"
-import copy
+import copy, math
 from types import SimpleNamespace
 
 import pytest, torch
@@ -190,6 +190,10 @@ def test_fp16_scales_and_backs_off():
     assert loss.isfinite() and not bad and step.scaler.get_scale() == 2.**79
     assert all(map(torch.equal, was, d.parameters()))
     assert step(x*float('nan'))[1]
+    was = [p.clone() for p in d.parameters()]
+    d.p_losses = lambda x_0, t, noise: Diffusion.p_losses(d, x_0, t, noise) + math.inf # with gradients that are finite
+    loss, bad = step(x)
+    assert bad and loss.isinf() and all(map(torch.equal, was, d.parameters()))
     d, opt, full = setup()
     assert abs(full(x)[0] - setup(torch.float16)[2](x)[0]) < 5e-3
 
@@ -269,18 +273,20 @@ def test_a_copy_records_its_own(seam):
     assert graphed(e) is e and e.sample(1).shape == (1, 3, 8, 8)
 
 
-def test_resume_in_one_piece(pics, tmp_path):
-    "A run that was stopped goes on to the last bit, the scale of float16 included"
+@pytest.mark.parametrize('graph', [True, False])
+def test_resume_in_float16(pics, tmp_path, graph):
+    "A run that was stopped goes on to the last bit, the scale of the gradient included"
     def run(folder, total, ckpt=None):
         folder.mkdir(exist_ok=True)
-        learn = learner(pics, folder, CheckpointCallback(folder)).to_fp16()
+        learn = learner(pics, folder, CheckpointCallback(folder), graph=graph).to_fp16()
         with learn.no_bar(), learn.no_logging(): fit_steps(learn, total, 3, ckpt, resume=ckpt is not None)
         return learn
     whole = run(tmp_path/'whole', 9)
     run(tmp_path/'part', 3)
     part = run(tmp_path/'part', 9, read_checkpoint(tmp_path/'part'/'model.pt'))
     assert losses(whole) == losses(part) and all(map(torch.equal, states(whole), states(part)))
-    assert part.graph.scaler() == whole.graph.scaler() and part.graph.scaler()['scale'] == 2.**16
+    a, b = (read_checkpoint(tmp_path/o/'model.pt')['train']['scaler'] for o in ('whole', 'part'))
+    assert a == b and a['scale'] == 2.**16 and a['_growth_tracker'] == 9
 
 
 def test_a_checkpoint_of_other_batches(pics, tmp_path):

@@ -213,7 +213,7 @@ SURVIVED = { # what: module or notebook, old text, new text, guard
         'training_view'),
     'never augmented': (D, 'train_view if train else eval_view', 'eval_view', 'training_view'),
     'validation augmented': (D, 'train_view if train else eval_view', 'train_view', 'validation_view'),
-    'no room for the crop': (D, 'int(1.12*check_int(', 'int(check_int(', 'training_view'),
+    'no room for the crop': (D, 'int(1.12*size)', 'int(size)', 'training_view'),
     'nearest shrinking': (D, 'Resampling.BILINEAR', 'Resampling.NEAREST', 'pictures_are_shrunk'),
     'squeezed to a square': (
         D, 'ImageOps.fit(im, (size, size),', 'im.resize((size, size),', 'pictures_are_shrunk'),

@@ -105,7 +105,7 @@ def test_the_folder_of_a_run(tmp_path, monkeypatch, capsys):
 def test_the_checkpoint_of_another_model_or_run(tmp_path):
     d, f = model(), tmp_path/'model.pt'
     refused(str(f), earlier_run, dict(save_folder=str(tmp_path)), d) # none is there
-    save_diffusion(d, f, 3)
+    save_diffusion(d, f, 3, train={})
     assert fitting(f, d)['step'] == last_good(f, d)['step'] == 3
     refused(f'{f} is a checkpoint of timesteps 5, but must be one of timesteps 6', fitting, f, model(timesteps=6))
     wider = Diffusion(Unet(16, dim_mults=(1, 2)), image_size=16, timesteps=5)
@@ -115,7 +115,7 @@ def test_the_checkpoint_of_another_model_or_run(tmp_path):
     with pytest.raises(BadInput): last_good(f, d)
 
     conf = dict(save_folder=str(tmp_path), batch_size=8, train_steps=4)
-    save_diffusion(d, f, 3)
+    save_diffusion(d, f, 3, train={})
     refused("resume: ", earlier_run, conf, d) # no config.json
     (tmp_path/'config.json').write_text(json.dumps(conf))
     refused('batch_size must be 8, as in the run that you resume, but is 4', earlier_run, conf | dict(batch_size=4), d)
@@ -125,7 +125,7 @@ def test_the_checkpoint_of_another_model_or_run(tmp_path):
 def test_the_last_good_one(tmp_path, capsys):
     d = model()
     for name, step in (('model.pt', 30), ('model_9.pt', 9), ('model_20.pt', 20), ('model_x.pt', 1)):
-        save_diffusion(d, tmp_path/name, step)
+        save_diffusion(d, tmp_path/name, step, train={})
     f = tmp_path/'model.pt'
     assert [o.name for o in older(f)] == ['model_20.pt', 'model_9.pt'] # by number
     f.write_bytes(f.read_bytes()[:1000])
@@ -155,7 +155,7 @@ def test_a_state_of_training_that_does_not_fit(pics, tmp_path, change, says):
 def test_no_state_of_training(pics, tmp_path):
     learn = tiny(pics, tmp_path/'run')
     save_diffusion(learn.diffusion, tmp_path/'model.pt')
-    refused('checkpoint: it has no state of training', go_on, learn, read_checkpoint(tmp_path/'model.pt'))
+    refused('model.pt has no state of training', last_good, tmp_path/'model.pt', learn.diffusion)
 
 
 def test_start_with_takes_weights_average_and_count(pics, tmp_path):

@@ -14,7 +14,6 @@ from urllib.request import Request, urlopen
 
 from .checks import *
 from .data import Files, splits
-from .faces import on_disk
 
 # %% ../../nbs/kit/afhq.ipynb #26d0b5a8
 AFHQ_URL = 'https://www.dropbox.com/s/vkzjokiwof5h8w6/afhq_v2.zip?dl=1'

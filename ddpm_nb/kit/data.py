@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['THREADS', 'EXTS', 'UNREADABLE', 'MAX_BYTES', 'FORMATS', 'is_image_name', 'walk', 'Files', 'splits', 'hold_out',
-           'pick_names', 'to_rgb', 'decode', 'Images', 'crop', 'train_view', 'centre', 'eval_view', 'View', 'ImageDL',
-           'image_dls']
+           'pick_names', 'to_rgb', 'decode', 'Images', 'crop', 'with_room', 'train_view', 'centre', 'eval_view', 'View',
+           'ImageDL', 'image_dls']
 
 # %% ../../nbs/kit/data.ipynb #15915d64
 import math, os, struct, sys, zipfile, zlib
@@ -203,6 +203,8 @@ def crop(x:Tensor, size:int, top:Tensor, left:Tensor, flip:Tensor)->Tensor:
     return x[b, :, rows[:, :, None], cols[:, None]].permute(0, 3, 1, 2)
 
 # %% ../../nbs/kit/data.ipynb #eaca2451
+def with_room(size:int)->int: return int(1.12*size) # pixels to decode, of which `size` are cut out
+
 def train_view(x:Tensor, size:int)->Tensor:
     "A random crop and a coin flip of each picture, uint8 (b, c, s, s), in [-1, 1] of shape (b, c, size, size)"
     room, b, device = x.shape[-1] - size + 1, len(x), x.device
@@ -263,7 +265,7 @@ def image_dls(
     progress:bool=False, # Show progress while decoding?
 )->DataLoaders: # fastai `DataLoaders` of images in [-1, 1]; `train_ds` and `valid_ds` are the `Images`
     "The images at `data_path` as fastai `DataLoaders` (the assignment's section 7, Dataset)"
-    size, bs = int(1.12*check_int('image_size', image_size)), check_int('batch_size', batch_size)
+    size, bs = with_room(check_int('image_size', image_size)), check_int('batch_size', batch_size)
     n_valid, n = check_int('n_valid', n_valid), None if epoch_size is None else check_int('epoch_size', epoch_size)
     device, files = best_device(device), Files(data_path)
     train, val = (Images(files, o, size, limit, on_bad, progress) for o in pick_names(files.names, data_class, n_valid))

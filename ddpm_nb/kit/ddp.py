@@ -12,7 +12,6 @@ from .processes import * # before fastai, for the warnings that it keeps off the
 
 import torch
 from fastai.callback.core import Callback
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 # %% ../../nbs/kit/ddp.ipynb #9a9d3f99
@@ -24,7 +23,7 @@ class ProcessesCallback(Callback):
         self.learn.model = DistributedDataParallel(self.whole, broadcast_buffers=False)
     def after_fit(self): self.learn.model = self.whole
     def before_batch(self):
-        x_0, i = self.xb[0].as_subclass(Tensor), my_share(len(self.xb[0]))
+        x_0, i = self.xb[0], my_share(len(self.xb[0]))
         t, noise = self.learn.diffusion.draw(x_0)
         self.learn.xb = x_0[i], noise[i], t[i]
     def after_loss(self):

@@ -9,8 +9,9 @@ __all__ = ['FAST', 'HALF', 'as_pixels', 'as_image', 'at_least_float', 'FastWSCon
            'TrainStep', 'graphed', 'keep_freed_memory', 'check_compile']
 
 # %% ../../nbs/kit/fast.ipynb #af822c37
-import ctypes, sys
+import ctypes, gc, math, sys
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -172,8 +173,10 @@ class FastUnet(Unet):
         try: parts = [super(FastUnet, self).forward(*o) for o in zip(x.split(n), t.split(n))]
         except torch.OutOfMemoryError:
             if n == 1: raise
+            parts = []
+        if not parts: # outside of the handler, which keeps what didn't fit
             self.most = n*pixels//2
-            parts = [self(x, t)]
+            return self(x, t)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 # %% ../../nbs/kit/fast.ipynb #194190f9
@@ -232,12 +235,15 @@ class Captured:
         f, # Takes tensors and returns a tensor or a tuple of them; never asks for a value
         warm:int=3, # Calls with these shapes before the one that is recorded
         most:int=8, # Graphs at most; further shapes run without
-    ): self.f, self.warm, self.most, self.seen = f, warm, most, {}
+        model:nn.Module=None, # Whose parameters `f` reads; where they move to other places, all is recorded anew
+    ): self.f, self.warm, self.most, self.model, self.seen, self.places = f, warm, most, model, {}, []
 
-    def __reduce__(self): return Captured, (self.f, self.warm, self.most) # a copy records its own graphs
+    def __reduce__(self): return Captured, (self.f, self.warm, self.most, self.model) # a copy records its own
 
     def __call__(self, *xs):
         if xs[0].device.type != 'cuda': return self.f(*xs)
+        places = [p.data_ptr() for p in self.model.parameters()] if self.model else []
+        if places != self.places: self.seen, self.places = {}, places
         half = torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else None
         key = half, *((x.shape, x.dtype) for x in xs)
         n = self.seen.setdefault(key, 0 if len(self.seen) < self.most else self.f)
@@ -252,21 +258,33 @@ class Captured:
         return self.seen[key](*xs)
 
 # %% ../../nbs/kit/fast.ipynb #graph004
+@cache
+def side_stream(device): return torch.cuda.Stream(device)
+
 def aside(f, *xs):
     "`f(*xs)` on another stream, as PyTorch wants it before a recording"
-    now, other = torch.cuda.current_stream(), torch.cuda.Stream()
+    device = xs[0].device
+    now, other = torch.cuda.current_stream(device), side_stream(device)
     other.wait_stream(now)
-    with torch.cuda.stream(other): y = f(*xs)
+    with torch.cuda.device(device), torch.cuda.stream(other): y = f(*xs)
     now.wait_stream(other)
     return y
 
 def record(f, *xs):
     "Record `f(*xs)` without running it; a function that replays it on other values"
-    held, graph = [x.clone() for x in xs], torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph): y = f(*held)
+    device, graph = xs[0].device, torch.cuda.CUDAGraph()
+    with torch.inference_mode(False): held = [x.clone() for x in xs]
+    now = torch.cuda.current_stream(device)
+    gc.collect() # no other graph may end meanwhile
+    torch.clear_autocast_cache() # or the recording would use casts of weights that it doesn't make
+    try:
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=side_stream(device)): y = f(*held)
+    finally:
+        torch.clear_autocast_cache()
+        torch.cuda.set_stream(now) # which a recording that fails leaves behind
     def replay(*xs):
         for a,b in zip(held, xs): a.copy_(b)
-        graph.replay()
+        with torch.cuda.device(device): graph.replay()
         return y.clone() if isinstance(y, Tensor) else tuple(o.clone() for o in y) # the next replay writes over `y`
     return replay
 
@@ -277,14 +295,15 @@ class TrainStep:
         model:nn.Module, # `model(x_0)` is the loss
         opt:torch.optim.Optimizer, # Adam or AdamW, fused
         dtype:torch.dtype=None, # What the network computes in; float32 by default
+        scaler=None, # A `GradScaler` for float16
         avg=None, # An `AveragedModel` of `model`
         max_norm:float=None, # Largest norm of the gradient; no limit by default
     ):
         self.model, self.opt, self.dtype, self.avg, self.max_norm, self.pieces = model, opt, dtype, avg, max_norm, 1
         self.params = [p for g in opt.param_groups for p in g['params'] if p.requires_grad]
         self.device = self.params[0].device
-        kw = {} if dtype == torch.float16 else dict(init_scale=1., growth_interval=2**31 - 1) # others need no scale
-        self.scaler = torch.amp.GradScaler(self.device.type, **kw)
+        scale, after = (2.**16, 2000) if dtype == torch.float16 else (1., 2**31 - 1) # others need none
+        self.scaler = scaler or torch.amp.GradScaler(self.device.type, init_scale=scale, growth_interval=after)
         self.lr = [torch.tensor(float(g['lr']), device=self.device) for g in opt.param_groups]
 
     def set_lr(self):
@@ -298,11 +317,13 @@ class TrainStep:
         kind, loss = self.device.type, torch.zeros((), device=self.device)
         scale = self.scaler.scale(torch.ones_like(loss))
         self.opt.zero_grad()
+        self.scaler._per_optimizer_states.clear() # of a step that failed
         with torch.autocast(kind, enabled=False):
             for x in x_0.chunk(self.pieces):
                 with torch.autocast(kind, self.dtype, enabled=self.dtype is not None):
                     part = self.model(x)*(len(x)/len(x_0))
-                self.scaler.scale(part).backward()
+                ok = torch.where(part.detach().isfinite(), 1., math.nan) # a loss that isn't finite spoils its gradient
+                self.scaler.scale(part*ok).backward()
                 loss = loss + part.detach()
             self.scaler.unscale_(self.opt)
             if self.max_norm: nn.utils.clip_grad_norm_(self.params, self.max_norm)
@@ -331,8 +352,8 @@ class TrainStep:
 # %% ../../nbs/kit/fast.ipynb #graph010
 def graphed(diffusion):
     "The same `diffusion`, which on a CUDA device evaluates its network by a graph"
-    if diffusion.device.type == 'cuda' and not isinstance(vars(diffusion).get('denoise'), Captured):
-        diffusion.denoise = Captured(diffusion.denoise)
+    if diffusion.device.type == 'cuda' and 'denoise' not in vars(diffusion): # no other process has a share in it
+        diffusion.denoise = Captured(diffusion.denoise, model=diffusion)
     return diffusion
 
 # %% ../../nbs/kit/fast.ipynb #08dd2be2

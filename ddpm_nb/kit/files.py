@@ -139,18 +139,17 @@ def read_checkpoint(path, device='cpu')->dict:
     return ckpt
 
 # %% ../../nbs/kit/files.ipynb #caf3d951
-def check_weights(diffusion, ckpt:dict, key='model', name='checkpoint'):
-    "Refuse weights `ckpt[key]` of the file `name` that are missing, too many, or of other shapes"
-    if key not in ckpt: refuse(f'{name} has no weights named {key}')
+def check_weights(diffusion, weights:dict, name='checkpoint'):
+    "Refuse `weights` of the file `name` that are missing, too many, or of other shapes"
     def kind(v): return (v.shape, v.dtype, v.layout) if isinstance(v, Tensor) else type(v)
-    mine, theirs = ({k: kind(v) for k,v in o.items()} for o in (diffusion.state_dict(), ckpt[key]))
+    mine, theirs = ({k: kind(v) for k,v in o.items()} for o in (diffusion.state_dict(), weights))
     diff = sorted(str(k) for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
     if diff: refuse(f'{name} is of another configuration: {len(diff)} tensors do not fit, such as {diff[0]}')
 
-def load_weights(diffusion, ckpt:dict, key='model', name='checkpoint'):
-    "Fill `diffusion` with the weights `ckpt[key]` of the file `name`, all of them or none"
-    check_weights(diffusion, ckpt, key, name)
-    diffusion.load_state_dict(ckpt[key])
+def load_weights(diffusion, weights:dict, name='checkpoint'):
+    "Fill `diffusion` with `weights` of the file `name`, all of them or none"
+    check_weights(diffusion, weights, name)
+    diffusion.load_state_dict(weights)
 
 # %% ../../nbs/kit/files.ipynb #74948817
 def build(config:dict, weights:dict, path)->Diffusion:
@@ -165,7 +164,7 @@ def build(config:dict, weights:dict, path)->Diffusion:
     except (TypeError, KeyError, AttributeError, ValueError, RuntimeError, OverflowError) as e:
         refuse(f'{path} has a configuration that makes no model: {e}')
     d = Diffusion(net, **rest)
-    check_weights(d, dict(model=weights), name=path)
+    check_weights(d, weights, path)
     d.model = Unet(**unet)
     d.load_state_dict(weights)
     return d

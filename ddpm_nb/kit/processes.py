@@ -91,7 +91,7 @@ def my_share(n:int)->list:
 def shared(diffusion):
     "The same `diffusion`, each process evaluating its share of `denoise`"
     def denoise(self, x, t): return in_shares(lambda x, t: type(self).denoise(self, x, t), x, t)
-    if world() > 1: diffusion.denoise = MethodType(denoise, diffusion)
+    if world() > 1 and 'denoise' not in vars(diffusion): diffusion.denoise = MethodType(denoise, diffusion)
     return diffusion
 
 # %% ../../nbs/kit/processes.ipynb #2fb9cc1e

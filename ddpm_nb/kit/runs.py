@@ -58,12 +58,14 @@ class StepLoss(RunCallback):
 # %% ../../nbs/kit/runs.ipynb #run00013
 class FiniteCallback(RunCallback):
     "Stop at a loss or gradient that isn't finite, or skip the step (@eq-finite)"
-    order = MixedPrecision.order + 1 # after the gradients are in their own units, and a full step's are there
+    run_valid, order = False, MixedPrecision.order + 1 # after the gradients are in their own units, of a full step
     def __init__(self, nonfinite='stop'):
         if nonfinite not in ('stop', 'skip'): refuse(f'nonfinite must be stop or skip, but is {nonfinite!r}')
         self.nonfinite, self.losses, self.notes, self.last, self.skipped = nonfinite, [], [], None, 0
-    def after_loss(self):
-        if self.training: self.losses.append(self.learn.loss.detach())
+    def before_fit(self):
+        super().before_fit()
+        self.losses, self.notes = [], []
+    def after_loss(self): self.losses.append(self.learn.loss.detach())
     def before_step(self):
         loss, self.losses = torch.stack(self.losses).mean(), []
         grads = [p.grad for p in self.learn.model.parameters() if p.grad is not None]
@@ -103,8 +105,11 @@ class Half(MixedPrecision):
 # %% ../../nbs/kit/runs.ipynb #graph102
 class SmoothLoss(AvgSmoothLoss):
     "fastai's running mean of the loss, kept where the loss is, without what isn't finite"
+    count:int
+    val:Tensor
     def accumulate(self, learn):
-        loss, self.count = learn.loss.detach(), self.count + 1
+        self.count += 1
+        loss = learn.loss.detach()
         val = self.val.to(loss.device)
         self.val = torch.where(loss.isfinite(), torch.lerp(loss, val, self.beta), val)
 
@@ -124,7 +129,7 @@ class GraphCallback(Callback):
     EVENTS = 'after_pred after_loss before_backward after_backward before_step after_cancel_step'.split()
     def __init__(self,
         loss_func, # Of a learner whose model returns the loss
-    ): self.loss_func, self.saved, self.step = loss_func, None, None
+    ): self.loss_func, self.step = loss_func, None
 
     def replaced(self)->dict: # Callbacks by name
         "Those whose work in a step it does"
@@ -135,6 +140,7 @@ class GraphCallback(Callback):
         l, known = self.learn, {*self.replaced(), 'graph', 'step_loss'}
         other = [o for o in l.cbs if o.name not in known]
         free = not any(hasattr(o, e) for o in other for e in self.EVENTS)
+        free = free and getattr(self.replaced().get('gradient_clip'), 'norm_type', 2) == 2
         free = free and not any(o.order > self.order and hasattr(o, 'before_batch') for o in other)
         adam = isinstance(l.opt, OptimWrapper) and type(l.opt.opt) in (torch.optim.Adam, torch.optim.AdamW)
         return free and adam and l.opt.opt.defaults['fused'] and l.loss_func is self.loss_func and l.model is l.diffusion
@@ -144,7 +150,7 @@ class GraphCallback(Callback):
         for o in self.replaced().values(): o.run_train = not yes
 
     def before_fit(self):
-        self.step = None
+        self.step = self.learn.pred = self.learn.loss_grad = None # whose graph would tie the weights to another stream
         self.rest(self.can_follow())
         if not self.follows: return
         self.learn.recorder.smooth_loss = SmoothLoss(self.learn.recorder.smooth_loss.beta)
@@ -154,9 +160,9 @@ class GraphCallback(Callback):
     def begin(self, hypers):
         "Make the step, once all that the fit begins with is in place"
         half, clip, ema = map(self.replaced().get, ('half', 'gradient_clip', 'ema'))
-        self.step = TrainStep(self.learn.model, self.opt.opt, half and half.dtype,
+        scaler = self.learn.scaler if half and half.dtype == torch.float16 else None
+        self.step = TrainStep(self.learn.model, self.opt.opt, half and half.dtype, scaler,
                               ema.avg if ema and ema.run else None, clip and clip.max_norm)
-        if self.saved: self.step.scaler.load_state_dict(self.saved)
         self.hypers, self.captured = hypers, Captured(self.step)
 
     def before_batch(self):
@@ -168,7 +174,7 @@ class GraphCallback(Callback):
             for o in self.replaced().values(): o('before_batch') # which they have missed
             return
         self.step.set_lr()
-        self.learn.loss, bad = self.take(self.xb[0].as_subclass(Tensor))
+        self.learn.loss, bad = self.take(*self.xb)
         self.learn.pred = self.learn.loss
         if 'finite' in self.replaced(): self.learn.finite.note(self.learn.loss, bad)
         self.learn('after_loss')
@@ -182,10 +188,6 @@ class GraphCallback(Callback):
             except torch.OutOfMemoryError:
                 if self.step.pieces >= len(x): raise
                 self.step.pieces *= 2
-
-    def scaler(self):
-        "The state of the scale of float16's gradients, for a checkpoint"
-        return self.step.scaler.state_dict() if self.step else self.saved
 
 # %% ../../nbs/kit/runs.ipynb #run00017
 class CheckpointCallback(RunCallback):
@@ -232,7 +234,7 @@ class CheckpointCallback(RunCallback):
             pct=float(l.pct_train + 1/(l.n_iter*l.n_epoch)), opt=plain_values(l.opt.state_dict()),
             data_order=self.data_order if batch else self.dls.train.rng.getstate(),
             random=self.random or random_states(l.diffusion.device),
-            scaler=l.graph.scaler() if hasattr(l, 'graph') else None,
+            scaler=l.scaler.state_dict() if getattr(l, 'scaler', None) else None, # of float16
             rows={k: plain_values(getattr(l, k).rows) for k in ('step_loss', 'fid') if hasattr(l, k)})
 
     def set_aside(self):
@@ -249,7 +251,7 @@ class CheckpointCallback(RunCallback):
         s, self.going_on, dl, device = self.going_on, None, self.dls.train, self.learn.diffusion.device
         try:
             load_optimizer(self.learn.opt, s['opt'])
-            if hasattr(self.learn, 'graph'): self.learn.graph.saved = s.get('scaler')
+            if s.get('scaler'): self.learn.scaler.load_state_dict(s['scaler'])
             dl.rng.setstate(s['data_order'])
             set_random_states(s['random'], device)
             if not s['batch']: return
@@ -283,10 +285,10 @@ def older(path:Path)->list:
 # %% ../../nbs/kit/runs.ipynb #run00021
 def start_with(learn:Learner, ckpt:dict):
     "Take up a checkpoint's weights, their average, and the steps, losses and scores so far"
-    load_weights(learn.diffusion, ckpt)
+    load_weights(learn.diffusion, ckpt['model'])
     if 'ema' in ckpt and hasattr(learn, 'ema'):
         learn.ema.make()
-        load_weights(learn.averaged, ckpt, 'ema')
+        load_weights(learn.averaged, ckpt['ema'])
         learn.ema.avg.n_averaged.fill_(ckpt['step'])
     learn.ddpm.steps = ckpt['step']
     for k,rows in ckpt.get('train', {}).get('rows', {}).items():
@@ -294,7 +296,6 @@ def start_with(learn:Learner, ckpt:dict):
 
 def go_on(learn:Learner, ckpt:dict)->tuple[int, int]:
     "Make the next `fit` go on as if it had not stopped; epochs that are done, and batches of the next one"
-    if 'train' not in ckpt: refuse('checkpoint: it has no state of training. Give one that ddpm_train wrote')
     start_with(learn, ckpt)
     was, bs = ckpt['train'], learn.dls.train.bs
     epoch, batch = (check_int(f'{k} of the checkpoint', was.get(k), 0) for k in ('epoch', 'batch'))
@@ -447,7 +448,9 @@ def last_good(path:Path, model:Diffusion)->dict:
     "The newest checkpoint of the run with the `model.pt` at `path` that can be read and fits the model"
     bad = []
     for o in (path, *older(path)):
-        try: ckpt = fitting(o, model)
+        try:
+            if 'train' not in (ckpt := fitting(o, model)):
+                refuse(f'{o} has no state of training. Give a checkpoint that ddpm_train wrote')
         except BadInput as e: bad.append(e); continue
         if bad: print(f'{bad[0]}; going on from {o}', file=sys.stderr)
         return ckpt
@@ -457,7 +460,7 @@ def fitting(path, model:Diffusion)->dict:
     "A checkpoint that is of the model's configuration, and its weights and their average too"
     ckpt = read_checkpoint(path)
     same_config(ckpt['config'], config_of(model), path)
-    for k in {'model'} | {'ema'} & set(ckpt): check_weights(model, ckpt, k, str(path))
+    for k in {'model'} | {'ema'} & set(ckpt): check_weights(model, ckpt[k], str(path))
     return ckpt
 
 # %% ../../nbs/kit/runs.ipynb #run00056

@@ -167,7 +167,7 @@ def reference(
     known = cached(path) if net.key else None
     if everywhere(known is not None) and known: return known
     if images is None:
-        images = Images(files, names, int(1.12*size) if view == 'eval' else size, on_bad=on_bad, progress=progress)
+        images = Images(files, names, with_room(size) if view == 'eval' else size, on_bad=on_bad, progress=progress)
     f = net.all(Batches(images, size, net.batch_on(best_device(device)), n), device, progress)
     if net.key: keep(f, path)
     return f
