@@ -248,7 +248,7 @@ class ImageDL(TfmdDL):
         on_start, self.on_start = self.on_start, noop
         on_start()
         device = getattr(getattr(self.dataset, 'x', None), 'device', None)
-        idxs = torch.tensor([*samps], dtype=torch.int64, device=device) # there at once, or each batch would wait for its own
+        idxs = torch.tensor([*samps], dtype=torch.int64, device=device) # at once, or each batch would wait
         yield from (self.dataset[b] for b in idxs.split(self.bs) if len(b) == self.bs or not self.drop_last)
 
 # %% ../../nbs/kit/data.ipynb #81e4d24f

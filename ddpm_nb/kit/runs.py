@@ -143,7 +143,8 @@ class GraphCallback(Callback):
         free = free and getattr(self.replaced().get('gradient_clip'), 'norm_type', 2) == 2
         free = free and not any(o.order > self.order and hasattr(o, 'before_batch') for o in other)
         adam = isinstance(l.opt, OptimWrapper) and type(l.opt.opt) in (torch.optim.Adam, torch.optim.AdamW)
-        return free and adam and l.opt.opt.defaults['fused'] and l.loss_func is self.loss_func and l.model is l.diffusion
+        adam = adam and l.opt.opt.defaults['fused']
+        return free and adam and l.loss_func is self.loss_func and l.model is l.diffusion
 
     def rest(self, yes):
         self.follows = yes
@@ -155,7 +156,8 @@ class GraphCallback(Callback):
         if not self.follows: return
         self.learn.recorder.smooth_loss = SmoothLoss(self.learn.recorder.smooth_loss.beta)
         self.learn.recorder.smooth_loss.reset()
-        if bar := getattr(self.learn, 'progress', None): bar.after_batch = now_and_then(type(bar).after_batch.__get__(bar))
+        shown = getattr(self.learn, 'progress', None)
+        if shown: shown.after_batch = now_and_then(type(shown).after_batch.__get__(shown))
 
     def begin(self, hypers):
         "Make the step, once all that the fit begins with is in place"
