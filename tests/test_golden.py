@@ -312,6 +312,10 @@ def test_average_of_the_weights(tmp_path, decay):
         avg = k*avg + (1 - k)*w
     near(learn.averaged.model.shift, avg, 1e-6)
     assert avg != rec.shifts[-1]
+    for n, w in (0, 1.), (1, max(9/11, 1 - decay)): # where nobody else looks at the count, the first step is whole
+        mean = [torch.zeros(2)]
+        learn.ema.avg.multi_avg_fn(mean, [torch.ones(2)], torch.tensor(n))
+        near(mean[0], torch.full((2,), w), 1e-6)
     assert len(learn.averaged.model.told) and len(rec.net.told) == 25 # validation asks the average
     near(learn.recorder.values[-1][1], (fixed() - avg).abs().mean())
 

@@ -120,6 +120,10 @@ SAME = {
         '512 to 513: self.fixed = torch.randn(max(512, int(i[-1]) + 1), *x_0.shape[1:], generator=g)', # just more of it
         '1 to 2: self.fixed = torch.randn(max(512, int(i[-1]) + 1), *x_0.shape[1:], generator=g)',
         '1 to 2: if world() > 1: own.append(ProcessesCallback())', # test_processes.py
+        # on a GPU only: test_gpu.py
+        "1 to 2: n, graph = check_int('accumulate', accumulate), dls.device.type == 'cuda' and world() == 1",
+        'Mult to Div: if graph and n*bs <= dls.train.n: dls.train.bs, n = n*bs, 1 # at once: the same gradient',
+        '1 to 2: if graph and n*bs <= dls.train.n: dls.train.bs, n = n*bs, 1 # at once: the same gradient',
         # matplotlib clamps, too
         '1 to 2: images = [unnormalize_to_zero_to_one(o).clamp(0, 1).cpu() for o in torch.cat((x, x_t, x_0))]'},
     'fid': {
@@ -127,7 +131,8 @@ SAME = {
         "if x.shape[-2:] != (size, size): x = F.interpolate(x, (size, size), mode='bicubic', antialias=True)",
         '2 to 3: ' # images of this size stay as they are
         "if x.shape[-2:] != (size, size): x = F.interpolate(x, (size, size), mode='bicubic', antialias=True)",
-        '16 to 17: batch_size:int=16, # Images at a time; a CPU is fastest with a few'},
+        '16 to 17: batch_size:int=16, # Images at a time; a CPU is fastest with a few',
+        "16 to 17: return self.batch_size*(16 if torch.device(device).type == 'cuda' else 1)"},
     'foundations/04_vae': { # there is one step only
         'alphas to alphas_cumprod: a, none = sched.alphas[0], torch.zeros_like(sched.alphas[0])'},
 }
