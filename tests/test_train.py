@@ -48,7 +48,7 @@ def same(a, b, *files):
     (dict(data_class='cow'), "data_class must be .*, but is 'cow'"), (dict(data_path='none'), "data_path: .*none"),
     (dict(save_folder=''), 'save_folder must be a path'),
     (dict(load_path='none.pt'), 'none.pt is not there. Give a checkpoint'),
-    (dict(precision='fp64'), "precision must be auto, fp32 or bf16, but is 'fp64'"),
+    (dict(precision='fp64'), "precision must be auto, fp32, bf16 or fp16, but is 'fp64'"),
     (dict(n_samples=0), 'n_samples must be'),
     (dict(nonfinite='hope'), "nonfinite must be stop or skip, but is 'hope'"),
     (dict(on_bad='hope'), 'on_bad must be error or skip'),

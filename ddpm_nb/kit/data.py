@@ -203,7 +203,9 @@ def crop(x:Tensor, size:int, top:Tensor, left:Tensor, flip:Tensor)->Tensor:
     return x[b, :, rows[:, :, None], cols[:, None]].permute(0, 3, 1, 2)
 
 # %% ../../nbs/kit/data.ipynb #eaca2451
-def with_room(size:int)->int: return int(1.12*size) # pixels to decode, of which `size` are cut out
+def with_room(size:int)->int:
+    "How many pixels to decode, of which `size` are cut out at random"
+    return int(1.12*size)
 
 def train_view(x:Tensor, size:int)->Tensor:
     "A random crop and a coin flip of each picture, uint8 (b, c, s, s), in [-1, 1] of shape (b, c, size, size)"
