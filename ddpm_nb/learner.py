@@ -170,7 +170,9 @@ def ddpm_learner(
     **kwargs # More arguments of `DDPMLearner`
 )->DDPMLearner: # Ready to `fit`
     "A fastai `Learner` that trains a denoising diffusion model (Algorithm 1)"
-    bs, (c, size) = getattr(dls.train, 'own_bs', dls.train.bs), dls.one_batch()[0].shape[1:3]
+    dl, (c, size) = dls.train, dls.one_batch()[0].shape[1:3]
+    bs, taken = getattr(dl, 'at_once', (dl.bs, dl.bs)) # by an earlier learner of these `dls`
+    if taken != dl.bs: bs = dl.bs # it was set since
     if diffusion is None:
         check_model(size, c, timesteps, schedule, dim, dim_mults, attention)
         net = Unet(dim, dim_mults=dim_mults, channels=c, attention=attention)
@@ -181,8 +183,9 @@ def ddpm_learner(
     if ema is not None: own.append(EMACallback(ema))
     if world() > 1: own.append(ProcessesCallback())
     n, graph = check_int('accumulate', accumulate), dls.device.type == 'cuda' and world() == 1
-    dls.train.own_bs = dls.train.bs = bs
-    if graph and n*bs <= dls.train.n: dls.train.bs, n = n*bs, 1 # at once: the same gradient
+    if graph and n*bs <= dl.n: taken, n = n*bs, 1 # at once: the same gradient
+    else: taken = bs
+    dl.bs, dl.at_once = taken, (bs, taken)
     if n > 1: own.append(GradientAccumulation(n*bs))
     if graph: own.append(GraphCallback(model_loss))
     lr = check_float('learning_rate', lr, above=True)

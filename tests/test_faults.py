@@ -106,7 +106,7 @@ def test_a_second_run_is_kept_out(pics, tmp_path):
 
 def train_quietly(kwargs):
     "The work of a process that will be killed"
-    Curves.after_epoch = lambda self: None # drawing takes longer than all else, and most kills would meet just that
+    Curves.after_fit = lambda self: None # drawing takes longer than all else, and most kills would meet just that
     with open(os.devnull, 'w') as null:
         sys.stdout = sys.stderr = null
         train_diffusion(10**6, 1, resume=Path(kwargs['save_folder'], 'model.pt').exists(), **kwargs)

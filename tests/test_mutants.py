@@ -262,7 +262,7 @@ SURVIVED = { # what: module or notebook, old text, new text, guard
     'SiLU after the stem': (U, 'stem = self.stem(x)', 'stem = F.silu(self.stem(x))', 'unet'),
     'fast residual subtracted': (
         'kit.fast', 'return x + as_image(self.out(o)', 'return x - as_image(self.out(o)', 'unet'),
-    'fast gradient without the mean': ('kit.fast', '.sub_(shift[:, None])', '', 'training_step'),
+    'fast gradient without the mean': ('kit.fast', 'addcmul(low[:, None], g,', 'mul(g,', 'training_step'),
     # Scores
     'precision with the balls of density': (S, '(d <= real)', '(d <= dense)', 'scores'),
     'precision and recall swapped': (S, 'precision {self.precision:.2f}', 'precision {self.recall:.2f}', 'report'),

@@ -274,5 +274,5 @@ def image_dls(
     if len(train) < bs: refuse(f'batch_size must be at most {len(train)}, the number of training images, but is {bs}')
     for o in (train, val): o.x = o.x if o.x is None else o.x.to(device)
     dls = [ImageDL(train, bs, shuffle=True, drop_last=True, n=n or len(train), after_batch=[View(image_size, True)]),
-           ImageDL(val, bs*2, after_batch=[View(image_size, False)])]
+           ImageDL(val, max(2*bs, 2**19//image_size**2), after_batch=[View(image_size, False)])]
     return DataLoaders(*dls, path=Path('.'), device=device)

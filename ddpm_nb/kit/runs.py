@@ -320,11 +320,17 @@ class GridCallback(RunCallback):
 
 # %% ../../nbs/kit/runs.ipynb #run00026
 class Curves(RunCallback):
-    "Draw `loss.png`, and `fid.png` where there are scores, at the end of each epoch"
+    "Draw `loss.png`, and `fid.png` where there are scores, at the end of an epoch if that's five seconds ago"
     order = StepLoss.order + 1
     def __init__(self, folder): self.folder = Path(folder)
+    def before_fit(self):
+        super().before_fit()
+        self.drawn = time.monotonic()
     def after_epoch(self):
+        if time.monotonic() > self.drawn + 5: self.after_fit()
+    def after_fit(self):
         if rank(): return
+        self.drawn = time.monotonic()
         self.save('loss.png', plot_loss(read_losses(self.folder/'loss.csv')))
         if hasattr(self.learn, 'fid'): self.save('fid.png', plot_scores(self.learn.fid.rows))
         gc.collect() # the parts of a figure refer to each other, and would wait in memory for long
