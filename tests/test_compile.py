@@ -6,6 +6,7 @@ from conftest import TINY
 from ddpm_nb.kit.files import read_checkpoint
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')
 def test_train_compiled_and_resume(call, pics, tmp_path):
     env = os.environ | dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path/'cache'))

@@ -145,6 +145,7 @@ def read_step(run):
     return read_checkpoint(run/'model.pt')['step']
 
 
+@pytest.mark.slow
 def test_soak(pics, tmp_path):
     "Many tiny steps with checkpoints, samples and scores: memory stays, and no file is left open"
     steps, me, seen = int(os.environ.get('SOAK', 300)), psutil.Process(), []

@@ -195,7 +195,7 @@ def test_with_and_without_a_gradient(precision):
     with autocast('cuda', precision):
         want = net(x, t := torch.arange(6, device='cuda'))
         with torch.no_grad(): got = net(x, t)
-    torch.testing.assert_close(got, want.detach(), rtol=0, atol=1e-4 if precision == 'fp32' else 2e-2)
+    torch.testing.assert_close(got, want.detach(), rtol=0, atol=5e-3 if precision == 'fp32' else 2e-2) # tf32, fp16
 
 
 @real

@@ -12,6 +12,7 @@ def test_sampling_needs_neither_fastai_nor_matplotlib():
     assert r.stdout.strip() == '[]'
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group('newest')
 def test_newest_stack_trains_samples_and_visualizes(newest, pics, tmp_path):
     extras = 'from importlib.util import find_spec; ' \

@@ -77,6 +77,7 @@ def check(out, results, n=8):
 def afhq(): return make_zip([(f'train/cat/more_{i}.jpg', jpeg(i)) for i in range(40)])
 
 
+@pytest.mark.slow
 def test_colab_afhq_on_drive_goes_on_after_a_cut_off(tutorial, server, tmp_path):
     server.data = afhq()
     colab = tmp_path/'modules'/'google'/'colab'
@@ -97,12 +98,14 @@ def test_colab_afhq_on_drive_goes_on_after_a_cut_off(tutorial, server, tmp_path)
     assert 'steps done' not in tutorial('colab', **kw)
 
 
+@pytest.mark.slow
 def test_colab_faces(tutorial, tmp_path):
     out = tutorial('colab')
     check(out, tmp_path/'work'/'results')
     assert 'mounted' not in out
 
 
+@pytest.mark.slow
 def test_colab_uploaded_zip(tutorial, tmp_path):
     (tmp_path/'work').mkdir()
     with zipfile.ZipFile(tmp_path/'work'/'photos.zip', 'w') as z:
@@ -111,6 +114,7 @@ def test_colab_uploaded_zip(tutorial, tmp_path):
     check(out, tmp_path/'work'/'results')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['zip', 'folder'])
 def test_kaggle_attached(tutorial, tmp_path, kind):
     kaggle = tmp_path/'kaggle'
@@ -126,12 +130,14 @@ def test_kaggle_attached(tutorial, tmp_path, kind):
     if kind == 'zip': assert 'steps done' not in tutorial('kaggle')
 
 
+@pytest.mark.slow
 def test_kaggle_afhq(tutorial, server, tmp_path):
     server.data = afhq()
     check(tutorial('kaggle', url=server.url, data='afhq'), tmp_path/'work'/'results')
     assert (tmp_path/'kaggle'/'temp'/'afhq.zip').is_file()
 
 
+@pytest.mark.slow
 def test_kaggle_nothing_attached(tutorial, tmp_path, cache):
     check(tutorial('kaggle'), tmp_path/'work'/'results')
     assert str(cache) in json.loads((tmp_path/'work'/'results'/'config.json').read_text())['data_path']
