@@ -122,8 +122,8 @@ SAME = {
         '1 to 2: if world() > 1: own.append(ProcessesCallback())', # test_processes.py
         # on a GPU only: test_gpu.py
         "1 to 2: n, graph = check_int('accumulate', accumulate), dls.device.type == 'cuda' and world() == 1",
-        'Mult to Div: if graph and n*bs <= dls.train.n: dls.train.bs, n = n*bs, 1 # at once: the same gradient',
-        '1 to 2: if graph and n*bs <= dls.train.n: dls.train.bs, n = n*bs, 1 # at once: the same gradient',
+        'Mult to Div: if graph and n*bs <= dl.n: taken, n = n*bs, 1 # at once: the same gradient',
+        '1 to 2: if graph and n*bs <= dl.n: taken, n = n*bs, 1 # at once: the same gradient',
         # matplotlib clamps, too
         '1 to 2: images = [unnormalize_to_zero_to_one(o).clamp(0, 1).cpu() for o in torch.cat((x, x_t, x_0))]'},
     'fid': {

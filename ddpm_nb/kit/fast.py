@@ -122,7 +122,8 @@ def pixel_norm(x:Tensor)->Tensor:
     by_hand = x.device.type == 'cuda' and not torch.is_grad_enabled()
     return (by_sums if by_hand else F.layer_norm)(x, x.shape[-1:])
 
-def by_sums(x, dims): # `F.layer_norm` over the last dimension
+def by_sums(x, dims):
+    "`F.layer_norm` over the last dimension"
     f = at_least_float(x)
     var, mean = torch.var_mean(f, -1, correction=0, keepdim=True)
     r = (var + 1e-5).rsqrt()
