@@ -190,3 +190,12 @@ def test_a_model_for_other_images(pics, learn):
     learn.diffusion.image_size = 24
     with pytest.raises(ValueError, match=r'images must be of shape \(3, 24, 24\)'):
         fit(tiny(pics, diffusion=learn.diffusion))
+
+
+def test_a_batch_size_set_by_hand_counts(pics):
+    "Where an earlier learner has the loader take two batches at once, as on a GPU"
+    dls = image_dls(pics, image_size=16, batch_size=8, device='cpu')
+    for set_to, bs in (16, 8), (4, 4):
+        dls.train.at_once, dls.train.bs = (8, 16), set_to
+        ddpm_learner(dls, dim=8, dim_mults=(1, 2), timesteps=10)
+        assert dls.train.bs == bs

@@ -2,7 +2,7 @@
 import json, os, signal, sys, threading, time
 
 import pytest, torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 
 from ddpm_nb.diffusion import Diffusion
 from ddpm_nb.kit import runs
@@ -260,3 +260,11 @@ def test_epochs(every, total, start, sizes):
     epochs.dls.train, seen = Loader(), []
     for _ in range(n): epochs.before_epoch(); seen.append(epochs.dls.train.n//10)
     assert seen == sizes
+
+
+def test_a_fit_that_ends_within_its_first_epoch_draws_nothing(pics, tmp_path):
+    class Leave(Callback):
+        def after_batch(self): raise CancelFitException
+    learn = tiny(pics, tmp_path/'run', [Curves(tmp_path/'run'), Leave()])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert not (tmp_path/'run'/'loss.png').exists()

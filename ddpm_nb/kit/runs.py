@@ -320,7 +320,7 @@ class GridCallback(RunCallback):
 
 # %% ../../nbs/kit/runs.ipynb #run00026
 class Curves(RunCallback):
-    "Draw `loss.png`, and `fid.png` where there are scores, at the end of an epoch if that's five seconds ago"
+    "Draw `loss.png`, and `fid.png` where there are scores, at most every five seconds, and at the end"
     order = StepLoss.order + 1
     def __init__(self, folder): self.folder = Path(folder)
     def before_fit(self):
@@ -329,7 +329,7 @@ class Curves(RunCallback):
     def after_epoch(self):
         if time.monotonic() > self.drawn + 5: self.after_fit()
     def after_fit(self):
-        if rank(): return
+        if rank() or not (self.folder/'loss.csv').exists(): return # a fit that ended before its first epoch did
         self.drawn = time.monotonic()
         self.save('loss.png', plot_loss(read_losses(self.folder/'loss.csv')))
         if hasattr(self.learn, 'fid'): self.save('fid.png', plot_scores(self.learn.fid.rows))
