@@ -174,8 +174,10 @@ class Images:
     def decode_all(self, progress:bool=False)->Tensor: # uint8, shape (n, 3, size, size)
         "All pictures in one tensor; `names` keeps the readable ones"
         x, bad, good = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8), [], []
+        parts = [self.names[i:i+32] for i in range(0, len(self), 32)] # one at a time would cost more
         with ThreadPoolExecutor(THREADS) as ex:
-            for name,o in zip(self.names, bar(ex.map(self.decode_one, self.names), progress, len(self))):
+            each = (o for part in ex.map(lambda o: list(map(self.decode_one, o)), parts) for o in part)
+            for name,o in zip(self.names, bar(each, progress, len(self))):
                 if isinstance(o, str): bad.append(o)
                 else:
                     x[len(good)] = torch.from_numpy(o)
