@@ -1,7 +1,7 @@
 "The experiments, from top to bottom with tiny parameters: what they say at full size comes from the same cells."
 from pathlib import Path
 
-import matplotlib, nbformat, pandas as pd, pytest
+import matplotlib, nbformat, pandas as pd, pytest, torch
 
 from ddpm_nb.diffusion import Diffusion
 from ddpm_nb.kit.files import load_diffusion, save_pretrained
@@ -45,12 +45,27 @@ def test_loss_and_score(pics, tmp_path):
     assert len(pd.read_csv('71_loss.csv')) == 5
 
 
-def test_samples_and_weights(pics, tmp_path):
+def test_samples(pics, tmp_path):
+    "After ten times the steps, beside the run of 7.1 and photographs"
     small = SMALL | dict(image_size=32)
-    ns = run('73_samples', data_path=pics, folder=tmp_path/'b', train_steps=4, every=2, n=8, model=small)
-    assert list(ns['scores'].step) == [2, 2, 4, 4] and list(ns['scores'].against) == ['train', 'val']*2
-    d = load_diffusion(tmp_path/'b/pretrained')
-    assert d.num_timesteps == 5 and f'{ns["held_out"]:.4f}' in (tmp_path/'b/pretrained/README.md').read_text()
+    run('71_loss', data_path=pics, folder=tmp_path/'a', train_steps=2, every=2, model=small)
+    ns = run('73_samples', data_path=pics, folder=tmp_path/'b', short=tmp_path/'a', train_steps=4, every=2, n=8,
+             model=small)
+    assert list(ns['scores'].images) == [o for k in ('step 2', 'step 4', 'photographs') for o in (k, k)]
+    assert list(ns['scores'].against) == ['train', 'val']*3 and ns['floor'].gt(0).all()
+
+
+def test_weights(pics, tmp_path):
+    "Each candidate is trained once; the best of those that are small enough gets a card with its numbers"
+    params = dict(data_path=pics, size=16, batch_size=8, every=1, n=8, short=1, long=2, results=tmp_path/'c', device='cpu')
+    ns = run('weights', **params, only=['the assignment', 'longer, rate falls'])
+    assert list(ns['table'].candidate) == ['the assignment', 'longer, rate falls'] and ns['table'].steps.tolist() == [1, 2]
+    card = (tmp_path/'c'/ns['best'].candidate/'README.md').read_text()
+    assert f'{ns["best"].held_out:.4f}' in card and 'cc-by-nc-4.0' in card
+    assert load_diffusion(tmp_path/'c'/ns['best'].candidate).num_timesteps == 50
+    was = (tmp_path/'c'/'the assignment'/'model.safetensors').read_bytes()
+    again = run('weights', **params, only=['the assignment'])
+    assert again['table'].FD.tolist() == ns['table'].FD.tolist()
 
 
 @pytest.mark.parametrize('name', ['74_forward', '75_backward'])
@@ -60,11 +75,23 @@ def test_strips(name, pics, tmp_path):
 
 
 def test_ablation(pics, tmp_path):
-    "Each line of the table; and a second time nothing is done again"
+    "Each line of the table from each seed; and a second time nothing is done again"
+    net = dict(dim=8, dim_mults=(1, 2))
+    params = dict(data_path=pics, size=16, batch_size=8, net=net, steps=1, n=8, seeds=(0, 1), results=tmp_path/'runs')
+    only = [(k, s) for k in ("the assignment's", 'T=10', 'L2') for s in (0, 1)] + [('T=200', 0)]
+    table = run('ablation', **params, only=only)['table']
+    assert list(table.seeds) == [2]*7 + [2, 1, 1, 1, 2] and table.FD.notna().all()
+    assert table.FD_apart.notna().sum() == 8 and table.held_out_apart.notna().sum() == 7
+    again = run('ablation', **params, only=only)
+    assert again['table'].FD.tolist() == table.FD.tolist() and 'learn' not in again
+
+
+def test_64_pixels(pics, tmp_path):
+    "Trained for as long as is said, with a schedule of its own that comes back with the weights"
     net = dict(dim=8, dim_mults=(1, 2), attention='none')
-    params = dict(data_path=pics, size=16, batch_size=8, net=net, steps=1, n=8, results=tmp_path/'runs'/'table.csv')
-    table = run('ablation', **params)['table']
-    assert len(table) == 16 and table.FD.notna().all()
-    assert set(table.schedule) == {'cosine', 'linear', 'sigmoid'} and set(table['T']) == {10, 50, 200, 1000}
-    again = run('ablation', **params)
-    assert again['table'].FD.tolist() == table.FD.tolist() and 'images' not in again and 'learn' not in again
+    params = dict(data_path=pics, size=16, batch_size=8, every=2, n=8, seconds=1, timesteps=5, net=net, device='cpu')
+    ns = run('size64', **params, results=tmp_path/'64')
+    assert ns['d'].schedule_name == 'shifted cosine' and list(ns['table'].images) == ['samples']*2 + ['photographs']*2
+    snr = lambda d: d.schedule.alphas_cumprod/(1 - d.schedule.alphas_cumprod)
+    usual = Diffusion(Unet(**net), image_size=16, timesteps=5)
+    assert (snr(usual)/snr(ns['d'])).allclose(torch.tensor(4.), atol=1e-3)
