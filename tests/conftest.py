@@ -1,5 +1,6 @@
-import os, subprocess, sys, venv
+import multiprocessing, os, subprocess, sys, tempfile, venv
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault('OMP_NUM_THREADS', '1') # two workers, two cores
 
@@ -7,6 +8,8 @@ import pytest
 
 from ddpm_nb.kit.faces import write_faces
 
+server = multiprocessing.get_context('forkserver') # its processes are forks of one that has only imported
+server.set_forkserver_preload(['ddpm_nb.train', 'pytest'])
 TINY = '--image_size 16 --batch_size 8 --unet_dim 8 --unet_dim_mults 1,2 --time_steps 5 --n_samples 4'.split()
 TINY += ['--device', 'cpu']
 
@@ -38,5 +41,38 @@ def command(name, *args, cwd=None, bin=Path(sys.executable).parent, env=None):
     return subprocess.run(args, cwd=cwd, capture_output=True, text=True, timeout=300, env=env)
 
 
+def work(name, args, cwd, env, files):
+    from ddpm_nb import train # here it costs nothing
+    for i, f in enumerate(files, 1): os.dup2(os.open(f, os.O_WRONLY), i)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.argv, tempfile.tempdir = [name, *args], None
+    getattr(train, name)()
+
+
+class Fork:
+    "A command of the package in a process of its own, which begins where all is imported"
+    def __init__(self, name, *args, cwd, env=os.environ):
+        self.files = [tempfile.NamedTemporaryFile('r', encoding='utf-8') for _ in range(2)]
+        todo = name, [*map(str, args)], cwd, dict(env), [f.name for f in self.files]
+        self.process = server.Process(target=work, args=todo)
+        self.process.start()
+
+    def ended(self):
+        "What `command` returns, once it ends"
+        self.process.join(300)
+        assert self.process.exitcode is not None, 'it goes on and on'
+        out, err = (f.read() for f in self.files)
+        return SimpleNamespace(returncode=self.process.exitcode, stdout=out, stderr=err)
+
+
+def forked(*args, **kwargs): return Fork(*args, **kwargs).ended()
+
+
 @pytest.fixture
 def call(tmp_path): return lambda name, *args, **kwargs: command(name, *args, cwd=tmp_path, **kwargs)
+
+
+@pytest.fixture
+def fork(tmp_path): return lambda name, *args, **kwargs: forked(name, *args, cwd=tmp_path, **kwargs)

@@ -39,20 +39,20 @@ def test_train_sample_visualize(call, pics, tmp_path):
     assert (tmp_path/'results/backward_diffusion.png').stat().st_size > 1000
 
 
-def test_scores_in_training_and_after(call, pics, tmp_path):
+def test_scores_in_training_and_after(fork, pics, tmp_path):
     "The score of a run, of its checkpoint and of a folder of its samples; the reference is computed once"
     env = os.environ | dict(XDG_CACHE_HOME=str(tmp_path/'cache'))
     net = ['--network', 'efficientnet-lite0']
     steps = ['--train_steps', 2, '--save_and_sample_every', 1]
-    r = call('ddpm_train', '--data_path', pics, *steps, '--fid', '--fid_samples', 8, *net, *TINY, env=env)
+    r = fork('ddpm_train', '--data_path', pics, *steps, '--fid', '--fid_samples', 8, *net, *TINY, env=env)
     assert r.returncode == 0, r.stderr
     assert 'FD (efficientnet-lite0)' in r.stdout
     assert {'fid.csv', 'fid.png'} <= {p.name for p in (tmp_path/'results').iterdir()}
     kept, = (tmp_path/'cache/ddpm_nb/features').iterdir()
     when = kept.stat().st_mtime_ns
 
-    call('ddpm_sample', '--n', 8)
-    scores = [call('ddpm_fid', '--samples', what, '--n', 8, '--data_path', pics, *net, env=env)
+    fork('ddpm_sample', '--n', 8)
+    scores = [fork('ddpm_fid', '--samples', what, '--n', 8, '--data_path', pics, *net, env=env)
               for what in ('results/model.pt', 'results', 'samples')]
     for r in scores:
         assert r.returncode == 0, r.stderr

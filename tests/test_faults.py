@@ -2,13 +2,13 @@
 
 `KILLS=200 pytest -n 0 -s tests/test_faults.py -k kill` kills as many times; `SOAK=3000` `-k soak` trains as many steps.
 """
-import multiprocessing, os, random, resource, subprocess, sys, time
+import os, random, subprocess, sys, time
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from conftest import TINY, command
+from conftest import TINY, Fork, forked, server
 
 from ddpm_nb.kit.files import read_checkpoint
 from ddpm_nb.kit.runs import Curves, older
@@ -46,7 +46,7 @@ def refused(tmp_path, save_folder, says, args=()):
     "Run, and be refused in one line; returns the checkpoint that was saved elsewhere, if any"
     env = os.environ | dict(TMPDIR=str(tmp_path/'tmp'))
     (tmp_path/'tmp').mkdir(exist_ok=True)
-    r = command('ddpm_train', *six(tmp_path), '--save_folder', save_folder, *args, cwd=tmp_path, env=env)
+    r = forked('ddpm_train', *six(tmp_path), '--save_folder', save_folder, *args, cwd=tmp_path, env=env)
     assert r.returncode == 2 and 'Traceback' not in r.stderr, r.stderr
     line = r.stderr.strip().splitlines()[-1]
     assert line.startswith('ddpm_train: ') and says in line, line
@@ -68,7 +68,7 @@ def test_full_disk(disk, pics, tmp_path, room):
         subprocess.run(['mount', '-o', 'remount,size=9m', disk], check=True)
         if not (disk/'run/config.json').exists(): return
         (disk/'run/model.pt').write_bytes(found[0].read_bytes())
-        r = command('ddpm_train', *six(tmp_path), '--save_folder', disk/'run', '--resume', cwd=tmp_path)
+        r = forked('ddpm_train', *six(tmp_path), '--save_folder', disk/'run', '--resume', cwd=tmp_path)
         assert r.returncode == 0, r.stderr
         assert len((disk/'run/loss.csv').read_text().splitlines()) == 7
 
@@ -94,14 +94,13 @@ ddpm_train()'''
 def test_a_second_run_is_kept_out(pics, tmp_path):
     (tmp_path/'pics').symlink_to(pics)
     args = [*six(tmp_path), '--train_steps', 10**6, '--save_folder', tmp_path/'run']
-    train = [Path(sys.executable).parent/'ddpm_train', *map(str, args)]
-    p = subprocess.Popen(train, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    p = Fork('ddpm_train', *args, cwd=tmp_path)
     try:
-        while not (tmp_path/'run/sample_1.png').exists() and p.poll() is None: time.sleep(.02)
+        while not (tmp_path/'run/sample_1.png').exists() and p.process.is_alive(): time.sleep(.02)
         for more in ([], ['--resume', '--train_steps', 10**6]):
             refused(tmp_path, tmp_path/'run', 'save_folder: a run is under way in', more)
-        assert p.poll() is None and not (tmp_path/'run.1').exists()
-    finally: p.kill(); p.wait()
+        assert p.process.is_alive() and not (tmp_path/'run.1').exists()
+    finally: p.process.kill(); p.ended()
 
 
 def train_quietly(kwargs):
@@ -117,8 +116,6 @@ def test_kill_9_at_any_moment(pics, tmp_path):
     checkpoint, and at the end nothing differs"""
     kills, rng, run, steps, saved = int(os.environ.get('KILLS', 5)), random.Random(0), tmp_path/'run', [0], 0
     args = SMALL | dict(data_path=pics, save_folder=run)
-    server = multiprocessing.get_context('forkserver') # its processes are forks of one that has only imported
-    server.set_forkserver_preload(['ddpm_nb.train'])
     for i in range(kills):
         p, start = server.Process(target=train_quietly, args=(args,)), time.time()
         p.start()

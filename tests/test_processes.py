@@ -6,7 +6,7 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
-from conftest import TINY, command
+from conftest import TINY, forked
 from ddpm_nb.kit.files import read_checkpoint
 
 BIN = Path(sys.executable).parent
@@ -36,7 +36,7 @@ def ran(args, env=ENV, cwd=None):
 def runs(pics, tmp_path_factory):
     "The same run by one process and by two"
     path = tmp_path_factory.mktemp('runs')
-    r = command('ddpm_train', '--data_path', pics, '--save_folder', path/'one', *ARGS, cwd=path)
+    r = forked('ddpm_train', '--data_path', pics, '--save_folder', path/'one', *ARGS, cwd=path)
     assert r.returncode == 0, r.stderr
     both = two_by_accelerate('ddpm_train', '--data_path', pics, '--save_folder', path/'two', *ARGS)
     r = ran(both, ENV | dict(PATH=f'{BIN}{os.pathsep}{ENV["PATH"]}'), path)
@@ -59,7 +59,7 @@ def test_same_losses_and_one_writer(runs):
 def test_same_samples_and_score(runs, pics):
     for name, n in (('a', 1), ('b', 2)): # seven images for two processes
         args = ['--load_path', runs/'one/model.pt', '--n', 7, '--save_folder', runs/name, '--device', 'cpu']
-        r = command('ddpm_sample', *args) if n == 1 else ran(two('ddpm_sample', *args))
+        r = forked('ddpm_sample', *args, cwd=runs) if n == 1 else ran(two('ddpm_sample', *args))
         assert r.returncode == 0, r.stderr
     read = lambda path: np.stack([np.asarray(Image.open(o)).astype(int) for o in sorted(path.glob('*.png'))])
     a, b = read(runs/'a'), read(runs/'b')
@@ -108,5 +108,5 @@ def test_a_signal_stops_all_after_one_step(pics, tmp_path):
     said = p.communicate(timeout=120)[1]
     assert 'stopped after step' in said
     again = ['--data_path', pics, '--save_folder', tmp_path/'run', *ARGS, '--train_steps', 10**6, '--resume']
-    r = command('ddpm_train', *again, '--batch_size', 4, cwd=tmp_path)
+    r = forked('ddpm_train', *again, '--batch_size', 4, cwd=tmp_path)
     assert r.returncode == 2 and 'batch_size' in r.stderr # the folder is whole, and still knows its parameters
