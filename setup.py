@@ -29,7 +29,7 @@ setup(
     project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl'], 'Source': repo, 'Issues': f'{repo}/issues',
                   'Changelog': f'{repo}/blob/{branch}/CHANGELOG.md'},
     keywords=cfg['keywords'].split(),
-    license_expression='Apache-2.0',
+    license_expression='Apache-2.0 AND CC-BY-NC-4.0', # the code, and the weights in weights/
     license_files=['LICENSE'],
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Education',
                  f"Intended Audience :: {cfg['audience']}",

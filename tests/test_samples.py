@@ -50,7 +50,7 @@ def test_a_model_is_a_file_a_runs_folder_or_a_folder_for_others(tmp_path, monkey
     assert load_model('pretrained', 'cpu').num_timesteps == 50
     shutil.rmtree('results')
     assert load_model(device='cpu').num_timesteps == 50
-    assert 'the model that comes with ddpm_nb' in capsys.readouterr().out
+    assert 'CC BY-NC 4.0' in capsys.readouterr().out
     with pytest.raises(BadInput, match='none.pt is not there'): load_model('none.pt', 'cpu')
 
 

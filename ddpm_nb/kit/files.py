@@ -180,7 +180,7 @@ def load_diffusion(
     ema:bool=True, # The averaged weights where the checkpoint has them
     **kwargs # For the Hub, such as `revision`, `token`, `cache_dir`, `local_files_only`
 )->Diffusion: # Ready to sample
-    "The model of a file, a folder or the Hub; by default, or for 'pretrained', the one that comes with the package"
+    "The model of a file, a folder or the Hub; by default, or for 'pretrained', the package's cats (CC BY-NC 4.0)"
     device = best_device(device)
     path = check_path('load_path', files('ddpm_nb')/'weights' if path in (None, 'pretrained') else path)
     if (path/'model.pt').is_file(): path = path/'model.pt'

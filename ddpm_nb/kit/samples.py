@@ -34,7 +34,7 @@ def load_model(
     "The model that a command works with"
     own = Path('results/model.pt')
     if path is None and own.exists(): path = own
-    if path is None: print(f'no {own} here: this is the model that comes with ddpm_nb, trained on AFHQ v1 cats (CC BY-NC 4.0)')
+    if path is None: print(f'no {own} here: this is the model of the package (AFHQ v1 cats, CC BY-NC 4.0)')
     return graphed(shared(load_diffusion(path, device)))
 
 # %% ../../nbs/kit/samples.ipynb #b0000004
