@@ -88,17 +88,6 @@ def test_ablation(pics, tmp_path):
     assert again['table'].FD.tolist() == table.FD.tolist() and 'learn' not in again
 
 
-def test_64_pixels(pics, tmp_path):
-    "Trained for as long as is said, with a schedule of its own that comes back with the weights"
-    net = dict(dim=8, dim_mults=(1, 2), attention='none')
-    params = dict(data_path=pics, size=16, batch_size=8, every=2, n=8, seconds=1, timesteps=5, net=net, device='cpu')
-    ns = run('size64', **params, results=tmp_path/'64')
-    assert ns['d'].schedule_name == 'shifted cosine' and list(ns['table'].images) == ['samples']*2 + ['photographs']*2
-    snr = lambda d: d.schedule.alphas_cumprod/(1 - d.schedule.alphas_cumprod)
-    usual = Diffusion(Unet(**net), image_size=16, timesteps=5)
-    assert (snr(usual)/snr(ns['d'])).allclose(torch.tensor(4.), atol=1e-3)
-
-
 def test_copies(pics, tmp_path):
     "A model's samples and the held-out pictures, each with its nearest training picture, in pixels and in features"
     torch.manual_seed(0)
