@@ -98,6 +98,6 @@ def readme():
 
 if __name__ == '__main__':
     (nbs/'images/chapters').mkdir(exist_ok=True)
-    for o in pages('Course'): picture(o)[0].save(nbs/small(o), quality=90)
+    for o in pages('Course'): picture(o)[0].save(nbs/small(o), quality=90, subsampling=0)
     for o in ('index.ipynb', 'map.ipynb'): (nbs/o).write_text(made(o), encoding='utf-8')
     (top/'README.md').write_text(readme(), encoding='utf-8')
