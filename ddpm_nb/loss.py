@@ -20,7 +20,7 @@ from .posterior import *
 def loss_weights(
     sched:Schedule, # The coefficients
 )->tuple[Tensor, Tensor]: # For the error of x_0, and for the error of the noise; shape (T,), infinite at t = 1
-    "What the bound weighs each time's squared error with (@eq-weights)"
+    "How much the bound weighs each time's squared error (@eq-weights)"
     w = sched.posterior_mean_coef_x0**2/(2*sched.posterior_variance)
     return w, w*(1 - sched.alphas_cumprod)/sched.alphas_cumprod
 

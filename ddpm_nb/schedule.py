@@ -69,7 +69,7 @@ def snr(
 def coefficients(
     alphas:Tensor, # α of shape (T,), float64
 )->dict: # Name to coefficient, each of shape (T,)
-    "All that forward process and step back multiply with (@eq-abar, @eq-posterior-coefs; Eq. 13, 18, 19)"
+    "What the forward process and the step back multiply by (@eq-abar, @eq-posterior-coefs; Eq. 13, 18, 19)"
     abar = alphas.cumprod(0)
     prev = torch.cat((torch.ones_like(abar[:1]), abar[:-1])) # ᾱ_{t-1}
     var = (1 - prev)/(1 - abar)*(1 - alphas) # σ_t²
@@ -100,7 +100,7 @@ class Schedule(nn.Module):
         for k,v in coefficients(a).items(): self.register_buffer(k, v.to(dtype))
 
     def __len__(self): return len(self.alphas)
-    def __getattr__(self, name)->Tensor: return super().__getattr__(name) # all that it holds are tensors
+    def __getattr__(self, name)->Tensor: return super().__getattr__(name) # a type checker learns: all are tensors
     def extra_repr(self): return f'timesteps={len(self)}'
 
 # %% ../nbs/01_schedule.ipynb #c30a37c1

@@ -1,10 +1,13 @@
 """The one list of all pages is the sidebar in `_quarto.yml`. `python tests/pages.py` writes what follows from it:
-the tables of `nbs/index.ipynb`, the last table of `nbs/map.ipynb`, and `README.md`, which is the index's prose.
+the tables of `nbs/index.ipynb` with a picture of each chapter, the last table of `nbs/map.ipynb`, and `README.md`,
+which is the index's prose.
 """
-import json, re
+import base64, json, re
+from io import BytesIO
 from pathlib import Path
 
 import yaml
+from PIL import Image, ImageOps
 
 top = Path(__file__).parent.parent
 nbs = top/'nbs'
@@ -45,10 +48,29 @@ def link(page):
     return f"[{number[1] + ' ' if number else ''}{head(page)[0]}]({page})"
 
 
+def picture(page):
+    "The last picture of a chapter before its exercises, small, and what it shows"
+    res, alt = None, ''
+    for c in read(page)['cells']:
+        src = ''.join(c['source'])
+        if src.startswith('## Exercises'): break
+        for o in c.get('outputs', []):
+            if png := o.get('data', {}).get('image/png'):
+                res, alt = ''.join(png), (re.findall(r'fig-alt: "(.+)"', src) or [''])[0]
+    im = Image.open(BytesIO(base64.b64decode(res))).convert('RGB')
+    return ImageOps.contain(im, (320, 160), Image.Resampling.LANCZOS), alt
+
+
+def small(page): return f"images/chapters/{page.removesuffix('.ipynb')}.jpg"
+
+
 def table(section):
     "What a section holds"
-    rows = [f'| {link(o)} | {head(o)[1]} |' for o in pages(section)]
-    return '\n'.join([f'| {section.lower()} | what it is about |', '|---|---|', *rows])
+    if section != 'Course':
+        rows = [f'| {link(o)} | {head(o)[1]} |' for o in pages(section)]
+        return '\n'.join([f'| {section.lower()} | what it is about |', '|---|---|', *rows])
+    rows = [f'| {link(o)} | {head(o)[1]} | ![{picture(o)[1]}]({small(o)}) |' for o in pages(section)]
+    return '\n'.join(['| course | what it is about | how it ends |', '|---|---|---|', *rows])
 
 
 def answers():
@@ -75,5 +97,7 @@ def readme():
 
 
 if __name__ == '__main__':
+    (nbs/'images/chapters').mkdir(exist_ok=True)
+    for o in pages('Course'): picture(o)[0].save(nbs/small(o), quality=90, subsampling=0)
     for o in ('index.ipynb', 'map.ipynb'): (nbs/o).write_text(made(o), encoding='utf-8')
     (top/'README.md').write_text(readme(), encoding='utf-8')

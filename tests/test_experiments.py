@@ -57,9 +57,11 @@ def test_samples(pics, tmp_path):
 
 def test_weights(pics, tmp_path):
     "Each candidate is trained once; the best of those that are small enough gets a card with its numbers"
-    params = dict(data_path=pics, size=16, batch_size=8, every=1, n=8, short=1, long=2, results=tmp_path/'c', device='cpu')
-    ns = run('weights', **params, only=['the assignment', 'longer, rate falls'])
-    assert list(ns['table'].candidate) == ['the assignment', 'longer, rate falls'] and ns['table'].steps.tolist() == [1, 2]
+    params = dict(data_path=pics, size=16, batch_size=8, every=1, n=8, steps=2, results=tmp_path/'c', device='cpu')
+    ns = run('weights', **params, only=['the assignment', 'without attention'])
+    assert list(ns['table'].candidate) == ['the assignment', 'without attention']
+    assert ns['table'].steps.tolist() == [2, 2]
+    assert {'samples.jpg', 'card.png'} <= {o.name for o in (tmp_path/'c').iterdir()}
     card = (tmp_path/'c'/ns['best'].candidate/'README.md').read_text()
     assert f'{ns["best"].held_out:.4f}' in card and 'cc-by-nc-4.0' in card
     assert load_diffusion(tmp_path/'c'/ns['best'].candidate).num_timesteps == 50
@@ -86,12 +88,12 @@ def test_ablation(pics, tmp_path):
     assert again['table'].FD.tolist() == table.FD.tolist() and 'learn' not in again
 
 
-def test_64_pixels(pics, tmp_path):
-    "Trained for as long as is said, with a schedule of its own that comes back with the weights"
-    net = dict(dim=8, dim_mults=(1, 2), attention='none')
-    params = dict(data_path=pics, size=16, batch_size=8, every=2, n=8, seconds=1, timesteps=5, net=net, device='cpu')
-    ns = run('size64', **params, results=tmp_path/'64')
-    assert ns['d'].schedule_name == 'shifted cosine' and list(ns['table'].images) == ['samples']*2 + ['photographs']*2
-    snr = lambda d: d.schedule.alphas_cumprod/(1 - d.schedule.alphas_cumprod)
-    usual = Diffusion(Unet(**net), image_size=16, timesteps=5)
-    assert (snr(usual)/snr(ns['d'])).allclose(torch.tensor(4.), atol=1e-3)
+def test_copies(pics, tmp_path):
+    "A model's samples and the held-out pictures, each with its nearest training picture, in pixels and in features"
+    torch.manual_seed(0)
+    save_pretrained(Diffusion(Unet(8, dim_mults=(1, 2)), image_size=16, timesteps=5), tmp_path/'small')
+    ns = run('copies', data_path=pics, pretrained=tmp_path/'small', n=8, shown=3, device='cpu')
+    assert len(ns['samples']) == len(ns['held']) == 8 and len(ns['train']) == 80
+    assert list(ns['table'].distance) == ['pixels']*2 + ['features']*2
+    copied = dict(ns['pixels'], held=ns['train'][:5].flatten(1))
+    assert ns['nearest'](copied, 'held').values.max() < 1e-3 < ns['table'].least.min()

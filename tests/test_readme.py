@@ -1,9 +1,10 @@
 "What follows from the sidebar has been written since it changed: the index's tables, the map's last one, the README."
 import re
 
-import pytest
+import numpy as np, pytest
+from PIL import Image
 
-from pages import head, made, nbs, pages, prose, readme, sidebar, top
+from pages import head, made, nbs, pages, picture, prose, readme, sidebar, small, top
 
 
 @pytest.mark.parametrize('page', ['index.ipynb', 'map.ipynb'])
@@ -16,7 +17,7 @@ def test_readme_is_made_from_index():
 
 
 def test_readme_lists_every_page_once_in_the_order_of_the_sidebar():
-    rows = re.findall(r'^\| \[(?:\d\d )?(.+?)\]\(nbs/([\w/]+\.ipynb)\) \| (.+) \|$', readme(), re.M)
+    rows = re.findall(r'^\| \[(?:\d\d )?(.+?)\]\(nbs/([\w/]+\.ipynb)\) \| ([^|]+) \|', readme(), re.M)
     assert [o for _,o,_ in rows] and sorted(o for _,o,_ in rows) == sorted(o for o in pages() if o != 'index.ipynb')
     for title, page, line in rows: assert (title, line) == head(page)
     for section in list(sidebar())[1:]:
@@ -49,3 +50,11 @@ def test_the_map_has_every_question_and_equation():
                 '7.1 7.2 7.3 7.4 7.5'.split()
     assert set(questions) <= set(first)
     assert sorted(int(n) for o in first if o.startswith('Eq.') for n in re.findall(r'\d+', o)) == [*range(1, 20)]
+
+
+def test_the_pictures_of_the_chapters_are_theirs():
+    for o in pages('Course'):
+        mine, theirs = Image.open(nbs/small(o)), picture(o)[0]
+        assert mine.size == theirs.size and picture(o)[1], f'{o}: run python tests/pages.py'
+        apart = np.abs(np.asarray(mine, float) - np.asarray(theirs)).mean()
+        assert apart < 5, f'{o}: run python tests/pages.py'
