@@ -83,7 +83,8 @@ def test_ablation(pics, tmp_path):
     only = [(k, s) for k in ("the assignment's", 'T=10', 'L2') for s in (0, 1)] + [('T=200', 0)]
     table = run('ablation', **params, only=only)['table']
     assert list(table.seeds) == [2]*7 + [2, 1, 1, 1, 2] and table.FD.notna().all()
-    assert table.FD_apart.notna().sum() == 8 and table.held_out_apart.notna().sum() == 7
+    assert table['Δ FD error'].notna().sum() == 8 and table['Δ held_out'].notna().sum() == 1
+    assert (table['FD tells'] == '✓').equals(table['Δ FD'].abs() > 2*table['Δ FD error'])
     again = run('ablation', **params, only=only)
     assert again['table'].FD.tolist() == table.FD.tolist() and 'learn' not in again
 
