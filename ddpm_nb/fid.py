@@ -107,7 +107,7 @@ class Network:
     def __init__(self,
         f, # Takes images of values in [0, 255], shape (b, 3, 299, 299), and returns features, shape (b, d)
         name:str, # Its name; 'inception' is reserved for clean-fid's
-        key:str=None, # What tells it from others in the cache of references; its name by default. '' for no cache
+        key:str=None, # Its name in the cache of references, by default the same. '' for no cache
         batch_size:int=16, # Images at a time; a CPU is fastest with a few
     ): self.f, self.name, self.key, self.batch_size = f, name, name if key is None else key, batch_size
 

@@ -46,7 +46,7 @@ class DDPMCallback(Callback):
 # %% ../nbs/09_learner.ipynb #a905350d
 def model_loss(
     loss:Tensor, # What `Diffusion.forward` returned
-    *images, # The batch, of which the loss knows already
+    *images, # The batch, which the loss has seen already
 )->Tensor: # `loss`
     "The loss function of a model that returns its loss"
     return loss
@@ -55,7 +55,7 @@ def model_loss(
 @patch
 def held_out(self:DDPMCallback,
     x_0:Tensor, # A batch of held-out images, shape (b, c, h, w)
-)->tuple[Tensor, Tensor, Tensor]: # The images, and noise and times that are the same at every validation
+)->tuple[Tensor, Tensor, Tensor]: # The images; their noise and times, always the same
     "The fixed noise of each held-out image `i`, and its time `i mod T`"
     if self.iter == 0: self.seen = 0
     i = torch.arange(self.seen, self.seen + len(x_0))
@@ -70,7 +70,7 @@ def ema_average(
     decay:float=0.9995, # Largest decay, from 0 to 1
 ): # A function for `AveragedModel(multi_avg_fn=...)`
     "An exponential moving average whose decay warms up (@eq-ema)"
-    def _f(averaged, current, n): # of which `n`, a tensor, counts the steps so far
+    def _f(averaged, current, n): # `n`, a tensor, counts the steps so far
         w = torch.where(n > 0, (9/(10 + n)).clamp(min=1 - decay), 1.) # 1 - d; the first step is taken whole
         torch._foreach_add_(averaged, torch._foreach_mul(torch._foreach_sub(current, averaged), w))
     return _f

@@ -1,7 +1,7 @@
 "The experiments, from top to bottom with tiny parameters: what they say at full size comes from the same cells."
 from pathlib import Path
 
-import matplotlib, nbformat, pandas as pd, pytest, torch
+import matplotlib, nbformat, pandas as pd, pytest
 
 from ddpm_nb.diffusion import Diffusion
 from ddpm_nb.kit.files import load_diffusion, save_pretrained
@@ -83,17 +83,7 @@ def test_ablation(pics, tmp_path):
     only = [(k, s) for k in ("the assignment's", 'T=10', 'L2') for s in (0, 1)] + [('T=200', 0)]
     table = run('ablation', **params, only=only)['table']
     assert list(table.seeds) == [2]*7 + [2, 1, 1, 1, 2] and table.FD.notna().all()
-    assert table.FD_apart.notna().sum() == 8 and table.held_out_apart.notna().sum() == 7
+    assert table['Δ FD error'].notna().sum() == 8 and table['Δ held_out'].notna().sum() == 1
+    assert (table['FD tells'] == '✓').equals(table['Δ FD'].abs() > 2*table['Δ FD error'])
     again = run('ablation', **params, only=only)
     assert again['table'].FD.tolist() == table.FD.tolist() and 'learn' not in again
-
-
-def test_copies(pics, tmp_path):
-    "A model's samples and the held-out pictures, each with its nearest training picture, in pixels and in features"
-    torch.manual_seed(0)
-    save_pretrained(Diffusion(Unet(8, dim_mults=(1, 2)), image_size=16, timesteps=5), tmp_path/'small')
-    ns = run('copies', data_path=pics, pretrained=tmp_path/'small', n=8, shown=3, device='cpu')
-    assert len(ns['samples']) == len(ns['held']) == 8 and len(ns['train']) == 80
-    assert list(ns['table'].distance) == ['pixels']*2 + ['features']*2
-    copied = dict(ns['pixels'], held=ns['train'][:5].flatten(1))
-    assert ns['nearest'](copied, 'held').values.max() < 1e-3 < ns['table'].least.min()

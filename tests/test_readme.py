@@ -57,4 +57,4 @@ def test_the_pictures_of_the_chapters_are_theirs():
         mine, theirs = Image.open(nbs/small(o)), picture(o)[0]
         assert mine.size == theirs.size and picture(o)[1], f'{o}: run python tests/pages.py'
         apart = np.abs(np.asarray(mine, float) - np.asarray(theirs)).mean()
-        assert apart < 5, f'{o}: run python tests/pages.py'
+        assert apart < 10, f'{o}: run python tests/pages.py'
