@@ -53,7 +53,7 @@ def picture(page):
     res, alt = None, ''
     for c in read(page)['cells']:
         src = ''.join(c['source'])
-        if src.startswith('## Exercises'): break
+        if '## Exercises' in src: break
         for o in c.get('outputs', []):
             if png := o.get('data', {}).get('image/png'):
                 res, alt = ''.join(png), (re.findall(r'fig-alt: "(.+)"', src) or [''])[0]

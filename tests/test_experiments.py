@@ -68,6 +68,7 @@ def test_weights(pics, tmp_path):
     was = (tmp_path/'c'/'the assignment'/'model.safetensors').read_bytes()
     again = run('weights', **params, only=['the assignment'])
     assert again['table'].FD.tolist() == ns['table'].FD.tolist()
+    assert (tmp_path/'c'/'the assignment'/'model.safetensors').read_bytes() == was
 
 
 @pytest.mark.parametrize('name', ['74_forward', '75_backward'])
@@ -80,10 +81,11 @@ def test_ablation(pics, tmp_path):
     "Each line of the table from each seed; and a second time nothing is done again"
     net = dict(dim=8, dim_mults=(1, 2))
     params = dict(data_path=pics, size=16, batch_size=8, net=net, steps=1, n=8, seeds=(0, 1), results=tmp_path/'runs')
-    only = [(k, s) for k in ("the assignment's", 'T=10', 'L2') for s in (0, 1)] + [('T=200', 0)]
+    only = [(k, s) for k in ("the assignment's", 'T=10', 'L2') for s in (0, 1)]
+    only += [(k, 0) for k in ('T=200', 'linear schedule', 'no attention')]
     table = run('ablation', **params, only=only)['table']
-    assert list(table.seeds) == [2]*7 + [2, 1, 1, 1, 2] and table.FD.notna().all()
-    assert table['Δ FD error'].notna().sum() == 8 and table['Δ held_out'].notna().sum() == 1
+    assert list(table.seeds) == [2]*7 + [2, 1, 1, 1, 1, 2, 1] and table.FD.notna().all()
+    assert table['Δ FD error'].notna().sum() == 8 and table['Δ held_out'].notna().sum() == 2
     assert (table['FD tells'] == '✓').equals(table['Δ FD'].abs() > 2*table['Δ FD error'])
     again = run('ablation', **params, only=only)
     assert again['table'].FD.tolist() == table.FD.tolist() and 'learn' not in again

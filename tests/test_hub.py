@@ -98,6 +98,7 @@ def test_the_model_of_the_package(monkeypatch):
     torch.manual_seed(0)
     images = d.sample(36)
     assert images.shape == (36, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
+    assert .3 < images.mean() < .6 and .18 < images.std() < .32
     grid = make_grid(torch.nn.functional.interpolate(images, scale_factor=3, mode='bicubic'), 9, padding=4, pad_value=1)
     page = np.asarray(Image.open(Path(__file__).parent.parent/'nbs/images/samples.jpg'), float)
     assert np.abs(grid.clamp(0, 1).permute(1, 2, 0).numpy()*255 - page).mean() < 4 # the first picture of the front page
