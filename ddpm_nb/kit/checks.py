@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 # %% ../../nbs/kit/checks.ipynb #54839a4c
 class BadInput(ValueError):
-    "Input that is refused, with a message of one line"
+    "We can't use this input; `line` says why, in one line"
     def __init__(self, line): super().__init__(line); self.line = line
     def __str__(self): return self.line # fastai writes the name of a callback into `args` on the way
 
 class Stopped(KeyboardInterrupt):
-    "A run that was asked to stop and has saved itself; `code` is what a command exits with"
+    "You asked the run to stop, and it has saved itself; `code` is the exit code of its command"
     def __init__(self, line, code): super().__init__(line); self.code = code
 
 # %% ../../nbs/kit/checks.ipynb #ee222d5e
@@ -31,36 +31,36 @@ def refuse(line:str)->NoReturn:
 
 @contextmanager
 def on_disk(path):
-    "Turn a failure of the disk where `path` is written into a refusal of one line"
+    "Inside, any `OSError` becomes `BadInput`: one line that says `path` can't be written, and why"
     try: yield
     except OSError as e: refuse(f"{path} can't be written ({e.strerror or e}). Choose a folder with room, or make some")
 
 # %% ../../nbs/kit/checks.ipynb #43d03e8c
 def check_int(what:str, v, lo:int=1, hi:int=None)->int:
-    "Refuse a value `v` of the argument `what` that isn't a whole number from `lo` to `hi`, or of at least `lo`"
+    "`v` as an int; `BadInput` unless it's a whole number from `lo` to `hi`; `what` is the argument's name"
     ok = isinstance(v, (int, np.integer)) and not isinstance(v, bool) and v >= lo and (hi is None or v <= hi)
     allowed = f'of at least {lo}' if hi is None else f'from {lo} to {hi}'
     if not ok: refuse(f'{what} must be a whole number {allowed}, but is {v!r}')
     return int(v)
 
 def check_float(what:str, v, lo:float=0., hi:float=float('inf'), above:bool=False)->float:
-    "Refuse a value `v` of the argument `what` that isn't a number in [lo, hi), or in (lo, hi) if `above`"
+    "`v` as a float; `BadInput` unless it's in [lo, hi), or in (lo, hi) if `above`; `what` is the argument's name"
     ok = isinstance(v, (int, float, np.number)) and not isinstance(v, bool) and lo <= v < hi and not (above and v == lo)
     most = '' if hi == float('inf') else f' and below {hi:g}'
     if not ok: refuse(f"{what} must be a number {'above' if above else 'of at least'} {lo:g}{most}, but is {v!r}")
     return float(v)
 
 def check_path(what:str, v)->Path:
-    "Refuse a value `v` of the argument `what` that can't be a path, and put the home folder in place of `~`"
+    "`v` as a path, with `~` expanded; `BadInput` if it can't be one; `what` is the argument's name"
     try:
         if isinstance(v, (str, os.PathLike)) and str(v) and '\0' not in str(v): return Path(v).expanduser()
-    except RuntimeError: pass # no such home
+    except RuntimeError: pass # `~` names a home that doesn't exist
     refuse(f'{what} must be a path, but is {v!r}')
 
 # %% ../../nbs/kit/checks.ipynb #6867ea7b
 def bar(it=None, show:bool=True, total:int=None, **kwargs)->tqdm:
-    "tqdm's progress bar around `it` (or around nothing, to count by `update`), of the first process, if you `show` it"
-    first = os.environ.get('RANK', '0') == '0' # of several processes
+    "tqdm's progress bar around `it`, or around nothing, to count with `update`; only the first process shows it"
+    first = os.environ.get('RANK', '0') == '0'
     return tqdm(it, total=total, disable=not (show and first), mininterval=.25, **kwargs)
 
 # %% ../../nbs/kit/checks.ipynb #446e8ffa

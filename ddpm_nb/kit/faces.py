@@ -29,7 +29,7 @@ _COLS = dict(breed=1, dice=96, back=2*4*4, mottle=7*7, hair=7*80)
 def draws(
     domain:str, # `cat`, `dog` or `wild`
     ids,        # Numbers of the pictures, 0 and up
-    seed:int,   # Which endless series of pictures
+    seed:int,   # Each seed is another endless series of pictures
 )->Tensor: # Uniforms in [0,1), (len(ids), columns)
     "One row of random numbers per picture"
     key = seed*len(DOMAINS) + DOMAINS.index(domain)
@@ -40,7 +40,7 @@ def draws(
 def dice(
     rows:Tensor, # Uniforms, (n, columns)
 ): # `r(lo,hi)`: the next column as uniforms in [lo,hi), (n,1,1)
-    "A function which deals `rows` out a column at a time"
+    "A function that deals out `rows`, a column at a time"
     cols = iter(rows.T[:, :, None, None])
     return lambda lo=0, hi=1: next(cols)*(hi-lo) + lo
 
@@ -113,7 +113,7 @@ def line(
 # %% ../../nbs/kit/faces.ipynb #26884130
 def melt(
     a:Tensor, # Signed distances, (n,h,w)
-    b:Tensor, # And others
+    b:Tensor, # Those of the other shape
     k=.2,     # Reach of the joint
 )->Tensor: # (n,h,w)
     "Smooth union of two shapes"
@@ -189,7 +189,7 @@ def scene(
     rows:Tensor, # Uniforms, (n, columns)
     size:int,    # Pixels across
 ): # The scene `s`
-    "A background, and all that's needed to paint an animal on it"
+    "A background, and all you need to paint an animal on it"
     small, back, mott, hair = rows.split(list(_COLS.values())[1:], 1)
     r, n = dice(small), len(rows)
     img = background(r, back.view(n,2,4,4), size)
@@ -213,7 +213,7 @@ def put(
     colour,   # Hex code, (n,3,1,1), or a whole picture
     d:Tensor, # Signed distances, (n,h,w)
     soft=0,   # Half the width of the edge, beyond a pixel's
-    hair=0,   # How far the fur pushes the outline
+    hair=0,   # How far fur pushes the outline
     alpha=1,  # Opacity, 0 to 1
     on=None,  # A coat to paint on, instead of the canvas
 )->Tensor: # What was painted on
@@ -272,9 +272,9 @@ def head(s, c, *ovals):
 def pricked(
     s,       # Scene
     pts,     # Corners of the right one: tip, outer, inner
-    colour,  # Of the back
-    inside,  # Colour
-    size=.6, # Of the inside, of 1
+    colour,  # Colour of the back
+    inside,  # Colour of the inside
+    size=.6, # Of the inside, as a share of the ear
 ):
     "Paint a pair of pointed ears"
     x, y = at(s, -.2)
@@ -286,8 +286,8 @@ def pricked(
 # %% ../../nbs/kit/faces.ipynb #a6aba575
 def round_ears(
     s,      # Scene
-    colour, # Of the back
-    inside, # Colour
+    colour, # Colour of the back
+    inside, # Colour of the inside
     cx=.52, # How far apart
 ):
     "Paint a pair of small round ears"
@@ -325,7 +325,7 @@ def eyes(
     s,         # Scene
     o,         # The right one, (z, cx, cy, rx, ry, turn)
     iris,      # Colour
-    slit=None, # Half the width of a slit pupil; none is a round one
+    slit=None, # Half the width of a slit pupil; without it the pupil is round
 ):
     "Paint a pair of eyes"
     z, cx, cy, rx, ry, a = o
@@ -629,7 +629,7 @@ def _wolf(s):
 
 # %% ../../nbs/kit/faces.ipynb #bb06fa00
 def tone(s)->Tensor: # uint8 (n,3,size,size)
-    "The finished pictures"
+    "The finished pictures, as bytes"
     warm, bright = s.r(-.05, .05)[:, None], s.r(.88, 1.12)[:, None]
     tint = 1 + warm*torch.tensor([1,0,-1])[:, None, None]
     return (s.img*(bright*tint)).mul_(255).add_(.5).clamp_(0, 255).to(torch.uint8)
@@ -641,7 +641,7 @@ BREEDS = dict(cat=[_tabby, _tabby, _siamese, _calico, _tuxedo, _plain],
 
 # %% ../../nbs/kit/faces.ipynb #925f4321
 def portraits(
-    breed,       # Function which paints it
+    breed,       # Function that paints it
     rows:Tensor, # Uniforms, (n, columns), without the first
     size=64,     # Pixels across
 )->Tensor: # uint8 (n,3,size,size)
@@ -661,12 +661,12 @@ def _batch(domain, ids, seed, size):
 def faces(
     domain:str, # `cat`, `dog` or `wild`
     n:int,      # How many pictures
-    seed=2024,  # Which endless series of pictures
+    seed=2024,  # Each seed is another endless series of pictures
     size=64,    # Pixels across
     start=0,    # Number of the first picture
-    bs=64,      # Pictures painted at a time
+    bs=64,      # How many to paint at a time
 )->Tensor: # uint8 (n,3,size,size)
-    "Pictures `start` to `start+n-1` of the endless seeded series of `domain`"
+    "Paint pictures `start` to `start+n-1` of the endless series that `domain` and `seed` stand for"
     if domain not in DOMAINS: refuse(f"domain must be one of {', '.join(DOMAINS)}, but is {domain!r}")
     ids = range(start, start + check_int('n', n))
     return torch.cat([_batch(domain, ids[i:i+bs], seed, size) for i in range(0, n, bs)])
@@ -674,7 +674,7 @@ def faces(
 # %% ../../nbs/kit/faces.ipynb #faces001
 @contextmanager
 def complete_folder(path, tag=''):
-    "A folder to fill, which takes the name `path` at the end, or vanishes; a `tag` keeps processes apart"
+    "Yields a folder to fill; at the end it becomes `path`, or vanishes if something fails; `tag` keeps processes apart"
     path = Path(path)
     tmp = path.with_name(f'.tmp-{path.name}{tag}')
     shutil.rmtree(tmp, ignore_errors=True)
@@ -691,12 +691,12 @@ def write_faces(
     path, # Folder for `train` and `val`
     domain:str='cat', # `cat`, `dog` or `wild`
     n_train:int=5000, # Pictures to train on
-    n_val:int=512, # Pictures to hold out, other ones
-    seed:int=2024, # Which endless series of pictures
+    n_val:int=512, # Pictures to hold out, none of them among the first
+    seed:int=2024, # Each seed is another endless series of pictures
     size:int=64, # Height and width, in pixels
     progress:bool=False, # Show a progress bar?
 )->Path: # `path`
-    "Write faces as files in AFHQ's layout, where they are not there yet"
+    "Write faces as files in AFHQ's layout, unless they're there already"
     for split,start,n in ('train', 0, n_train), ('val', n_train, n_val):
         final = Path(path)/split/domain
         if final.exists(): continue
@@ -705,7 +705,7 @@ def write_faces(
 
 # %% ../../nbs/kit/faces.ipynb #48d45386
 def write_split(path, domain, start, n, seed, size, progress):
-    "Paint and write `n` pictures in threads of their own"
+    "Paint `n` pictures and write them, in several threads"
     def job(i):
         for j,x in enumerate(faces(domain, min(64, start + n - i), seed, size, i)):
             Image.fromarray(x.permute(1, 2, 0).numpy()).save(path/f'{domain}_{i+j:06}.jpg', quality=95)
@@ -718,9 +718,9 @@ def write_split(path, domain, start, n, seed, size, progress):
 # %% ../../nbs/kit/faces.ipynb #eb811a80
 def builtin_faces(
     data_class:str='cat', # A domain, or `all`
-    progress:bool=True, # Say so and show a progress bar where they have to be painted first?
+    progress:bool=True, # If they have to be painted first, say so and show a progress bar?
 )->Path: # A folder with `train` and `val`
-    "The built-in training set, painted at its first use and kept in the user's cache"
+    "The built-in training set; we paint it at its first use and keep it in your cache"
     path = xdg_cache_home()/'ddpm_nb'/'faces-v1'
     for d in DOMAINS if data_class == 'all' else [data_class]:
         if d not in DOMAINS: refuse(f"data_class must be one of all, {', '.join(DOMAINS)}, but is {d!r}")

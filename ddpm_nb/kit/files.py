@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NoReturn
 
-from .checks import * # before the Hub's client, for the warnings that it keeps off the screen
+from .checks import * # before the Hub's client, so that its warnings stay hidden
 
 import torch
 from huggingface_hub import HfApi, ModelCardData, hf_hub_download
@@ -30,17 +30,17 @@ from .fast import fast
 
 # %% ../../nbs/kit/files.ipynb #de0279c1
 class CannotWrite(BadInput):
-    "A file that couldn't be written; what was there before is still there"
+    "We couldn't write a file; the one that was there before is still there"
 
 def to_disk(path):
-    "Force what the operating system still holds of a file or folder onto the disk (POSIX's fsync)"
-    fd = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR) # Windows asks for the right to write
+    "Wait until all of a file or folder is on the disk, and not only in memory (POSIX's fsync)"
+    fd = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR) # Windows wants it writable
     try: os.fsync(fd)
     finally: os.close(fd)
 
 @contextmanager
 def complete(path):
-    "The name to write `path` under, in its folder: it gets its own name complete, or not at all; raises `CannotWrite`"
+    "Yields the name to write under; the file takes the name `path` when it's complete, or never (`CannotWrite`)"
     path = Path(path)
     tmp = path.with_name(f'.tmp-{path.name}')
     try:
@@ -55,7 +55,7 @@ def complete(path):
         except OSError: pass
 
 def write_csv(path, head, rows):
-    "Write a table, its head and rows of values, complete or not at all; only the first process does"
+    "Write a table, complete or not at all: `head` and then the `rows`; of several processes only the first writes"
     if rank(): return
     with complete(path) as tmp, tmp.open('w', newline='') as f: csv.writer(f).writerows([head, *rows])
 
@@ -68,11 +68,11 @@ def check_model(
     dim:int=16, # Channels of the U-Net's first level
     dim_mults:tuple=(1, 2, 4, 8), # Channels of its levels, as multiples of `dim`
     attention:str='all', # 'all' or 'none'
-    init_dim:int=None, # Channels after the stem; `dim` by default
-    out_dim:int=None, # Channels of the output; those of the images by default
+    init_dim:int=None, # Channels after the stem; by default `dim`
+    out_dim:int=None, # Channels of the output; by default those of the images
     resnet_block_groups:int=8, # Groups of the normalisation
 ):
-    "Refuse what no `Diffusion` of a `Unet` can be made of"
+    "Raise `BadInput` if no `Diffusion` with a `Unet` can be built with these"
     check_int('image_size', image_size, hi=2**14)
     groups = check_int('resnet_block_groups', resnet_block_groups)
     for k,v in dict(channels=channels, timesteps=timesteps).items(): check_int(k, v)
@@ -91,24 +91,24 @@ def check_model(
 
 # %% ../../nbs/kit/files.ipynb #9c12f3d8
 def config_of(diffusion:Diffusion)->dict:
-    "Plain values, all you need to build a model with a `Unet`, or with another network that has a `config`, again"
+    "All you need to build the model again, as plain values; its network is a `Unet`, or another with a `config`"
     d, net = diffusion, diffusion.model
     if not hasattr(net, 'config'): refuse(f'model must have a config, as a Unet does, but is a {type(net).__name__}')
     return dict(image_size=d.image_size, channels=d.channels, timesteps=d.num_timesteps, schedule=d.schedule_name,
                 unet=net.config)
 
 def damage(path)->str:
-    "What is wrong with a file of `torch.save`, or '': each tensor must have its checksum, and none be packed"
+    "What's wrong with a file of `torch.save`, or '' if each tensor matches its checksum and none is compressed"
     wrong = (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
     try:
         with zipfile.ZipFile(path) as z:
-            if sum(i.file_size for i in z.infolist()) > Path(path).stat().st_size: return 'more in it than fits'
+            if sum(i.file_size for i in z.infolist()) > Path(path).stat().st_size: return 'it holds more than its size'
             bad = z.testzip()
     except wrong as e: return type(e).__name__
     return f'the checksum of {bad} is wrong' if bad else ''
 
 def save_diffusion(diffusion:Diffusion, path, step:int=0, ema:nn.Module=None, **extra):
-    "Write a checkpoint after `step` steps, with the averaged model `ema` and what else is given, verified, or nothing"
+    "Write a checkpoint after `step` steps, with the averaged model `ema` and all of `extra`, and read it back"
     if rank(): return
     state = dict(step=step, model=diffusion.state_dict(), config=config_of(diffusion), **extra)
     if ema is not None: state['ema'] = ema.state_dict()
@@ -119,12 +119,12 @@ def save_diffusion(diffusion:Diffusion, path, step:int=0, ema:nn.Module=None, **
 
 # %% ../../nbs/kit/files.ipynb #7d8fae7b
 def not_finite(o, name='')->list:
-    "The names of tensors with a NaN or an infinity in them, in nested dictionaries `o`"
+    "The names of the tensors in nested dictionaries `o` that hold a NaN or an infinity"
     if isinstance(o, dict): return [n for k,v in o.items() for n in not_finite(v, f'{name}.{k}' if name else str(k))]
     return [name] if isinstance(o, Tensor) and o.is_floating_point() and not o.isfinite().all() else []
 
 def read_checkpoint(path, device='cpu')->dict:
-    "The content of a checkpoint (`step`, `model`, `config` and more), with its tensors on `device`; refuses all else"
+    "What a checkpoint holds (`step`, `model`, `config` and more), tensors on `device`; `BadInput` if it isn't one"
     path = check_path('checkpoint', path)
     if not path.is_file(): refuse(f'{path} is not there. Give a checkpoint, such as ./results/model.pt')
     def no(why)->NoReturn: refuse(f'{path} is no checkpoint, or a damaged one: {why}')
@@ -140,20 +140,20 @@ def read_checkpoint(path, device='cpu')->dict:
 
 # %% ../../nbs/kit/files.ipynb #caf3d951
 def check_weights(diffusion, weights:dict, name='checkpoint'):
-    "Refuse `weights` of the file `name` that are missing, too many, or of other shapes"
+    "Raise `BadInput` if `weights` of the file `name` are too few, too many, or of other shapes"
     def kind(v): return (v.shape, v.dtype, v.layout) if isinstance(v, Tensor) else type(v)
     mine, theirs = ({k: kind(v) for k,v in o.items()} for o in (diffusion.state_dict(), weights))
     diff = sorted(str(k) for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
     if diff: refuse(f'{name} is of another configuration: {len(diff)} tensors do not fit, such as {diff[0]}')
 
 def load_weights(diffusion, weights:dict, name='checkpoint'):
-    "Fill `diffusion` with `weights` of the file `name`, all of them or none"
+    "Put the `weights` of the file `name` into `diffusion`, all of them or none"
     check_weights(diffusion, weights, name)
     diffusion.load_state_dict(weights)
 
 # %% ../../nbs/kit/files.ipynb #74948817
 def build(config:dict, weights:dict, path)->Diffusion:
-    "The model that the configuration of a file describes, with the file's weights"
+    "The model that the `config` of the file `path` describes, with the file's `weights`"
     try:
         unet, rest = config['unet'], {k: v for k,v in config.items() if k != 'unet'}
         if unet.get('channels', 3) != rest['channels']: raise ValueError('two numbers of channels')
@@ -171,16 +171,16 @@ def build(config:dict, weights:dict, path)->Diffusion:
 
 # %% ../../nbs/kit/files.ipynb #eef85824
 def on_hub(path):
-    "Can this be the name of a model on the Hub? A missing file of a folder that is here can't"
+    "Could this name a model on the Hub? Not if its folder is on this machine: then it's a file that's missing"
     return re.fullmatch(r'[\w.-]+/[\w.-]+(?<!\.pt)', path.as_posix()) and not path.exists() and not path.parent.is_dir()
 
 def load_diffusion(
     path=None, # A checkpoint, the folder of a run or of `save_pretrained`, 'owner/name' on the Hub, or 'pretrained'
-    device=None, # Where the model goes; the best device by default
-    ema:bool=True, # The averaged weights where the checkpoint has them
+    device=None, # Where the model goes; by default the best device
+    ema:bool=True, # Take the averaged weights, if the checkpoint has them?
     **kwargs # For the Hub, such as `revision`, `token`, `cache_dir`, `local_files_only`
 )->Diffusion: # Ready to sample
-    "The model of a file, a folder or the Hub; by default, or for 'pretrained', the package's cats (CC BY-NC 4.0)"
+    "Load a model from a file, a folder or the Hub; by default, or for 'pretrained', the package's cats (CC BY-NC 4.0)"
     device = best_device(device)
     path = check_path('load_path', files('ddpm_nb')/'weights' if path in (None, 'pretrained') else path)
     if (path/'model.pt').is_file(): path = path/'model.pt'
@@ -192,7 +192,7 @@ def load_diffusion(
     fast(d.model)
     return d
 
-setattr(Diffusion, 'from_pretrained', staticmethod(load_diffusion)) # the name that Hugging Face's libraries give it
+setattr(Diffusion, 'from_pretrained', staticmethod(load_diffusion)) # its name in Hugging Face's libraries
 
 # %% ../../nbs/kit/files.ipynb #79d2df55
 HEAD = ModelCardData(library_name='ddpm_nb', license='apache-2.0', tags=['ddpm', 'diffusion'],
@@ -210,9 +210,9 @@ images = d.sample(16) # in [0, 1], shape (16, {channels}, {size}, {size})
 
 def save_pretrained(
     diffusion:Diffusion, # The model
-    folder, # Where to; made if it isn't there
-    card:str=None, # Text of the model card, README.md; by default, if there is none, a short one
-    name:str=None, # What the short card calls the model; the folder's name by default
+    folder, # Where to; we make it if it isn't there
+    card:str=None, # Text of the model card, README.md; by default a short one, unless there is a card
+    name:str=None, # What the short card calls the model; by default the folder's name
 ):
     "Write `model.safetensors`, `config.json` and `README.md`, each complete or not at all"
     d, folder, config = diffusion, check_path('folder', folder), config_of(diffusion)
@@ -227,13 +227,13 @@ def save_pretrained(
 
 def push_to_hub(
     diffusion:Diffusion, # The model
-    repo_id:str, # Name of the repository, 'owner/name'; made if it isn't there
+    repo_id:str, # Name of the repository, 'owner/name'; we make it if it isn't there
     card:str=None, # Text of the model card
-    token:str=None, # Access token; the one of `hf auth login` by default
+    token:str=None, # Access token; by default the one of `hf auth login`
     private:bool=None, # Make a new repository private?
-    **kwargs # For `HfApi.upload_folder`, such as `commit_message`, `revision`, `create_pr`
+    **kwargs # More arguments of `HfApi.upload_folder`, such as `commit_message`, `revision`, `create_pr`
 ): # What `upload_folder` returns
-    "Put what `save_pretrained` writes on the Hugging Face Hub"
+    "Upload what `save_pretrained` writes to the Hugging Face Hub"
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
@@ -242,16 +242,16 @@ def push_to_hub(
 
 # %% ../../nbs/kit/files.ipynb #fbefccba
 def read_pretrained(path:Path, **kwargs)->tuple[dict, dict]:
-    "The configuration and weights (in float32) that `save_pretrained` left in a folder, or `push_to_hub` on the Hub"
+    "The configuration and the float32 weights of a model, from a folder of `save_pretrained` or from the Hub"
     both = 'config.json', 'model.safetensors'
     try: conf, file = (path/o if path.is_dir() else Path(hf_hub_download(path.as_posix(), o, **kwargs)) for o in both)
     except (OSError, ValueError) as e:
         refuse(f'{path} is neither here nor on the Hub, as far as it can be reached ({type(e).__name__})')
     if not file.is_file(): refuse(f'{path} holds no model: neither model.pt nor model.safetensors')
     try: config = json.loads(conf.read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as e: refuse(f'{conf} is no JSON, or damaged ({type(e).__name__})')
+    except (OSError, ValueError, RecursionError) as e: refuse(f"{conf} isn't JSON, or is damaged ({type(e).__name__})")
     try: weights = {k: v.float() if v.is_floating_point() else v for k,v in load_file(file).items()}
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as e:
-        refuse(f'{file} is no safetensors file, or damaged ({type(e).__name__})')
+        refuse(f"{file} isn't a safetensors file, or is damaged ({type(e).__name__})")
     if bad := not_finite(weights): refuse(f'{file}: {len(bad)} tensors are not finite, such as {bad[0]}')
     return config, weights
