@@ -244,7 +244,7 @@ def autocast(
     device, # Where the model runs
     precision:str='auto', # As for `precision_on`
 ): # A context in which networks compute in that precision
-    "PyTorch's autocast where `precision` means half"
+    "PyTorch's autocast if `precision` means half, else a context that changes nothing"
     dtype = HALF.get(precision_on(device, precision))
     return torch.autocast(torch.device(device).type, dtype) if dtype else nullcontext()
 

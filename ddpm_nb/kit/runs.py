@@ -405,7 +405,7 @@ def only_run(folder:Path):
     lock = FileLock(folder/'.lock', timeout=0)
     try: lock.acquire()
     except Timeout:
-        refuse(f"save_folder: a run is under way in '{folder}'. Choose another folder, or wait for its end "
+        refuse(f"save_folder: a run is under way in '{folder}'. Choose another folder, or wait until it ends "
                f'(if there is no such run, remove {lock.lock_file})')
     except (OSError, NotImplementedError): pass # a file system without locks
     try: yield folder
@@ -429,7 +429,7 @@ def run_folder(save_folder, load_path=None, resume:bool=False):
 def move_aside(path):
     "Rename the folder of an earlier run to its name and the first free number"
     if path.resolve() == Path.cwd():
-        refuse(f"save_folder: you stand in '{path}', and it holds a run. Choose another folder, or resume")
+        refuse(f"save_folder: your current folder, '{path}', holds a run. Choose another folder, or resume")
     aside = next(p for i in range(1, 10**6) if not (p := path.with_name(f'{path.name}.{i}')).exists())
     with only_run(path): pass # no run is in it now; released, since Windows won't rename a folder with an open file
     path.rename(aside)
