@@ -28,9 +28,9 @@ from .faces import builtin_faces
 
 # %% ../../nbs/kit/samples.ipynb #24b674d1
 def load_model(
-    path=None, # What `load_diffusion` takes; by default ./results/model.pt, or where there is none the package's model
+    path=None, # What `load_diffusion` takes; by default ./results/model.pt if it exists, else the package's model
     device=None, # Where the model goes; the best device by default
-)->Diffusion: # Ready to sample, in each of several processes a share
+)->Diffusion: # Ready to sample; several processes share the work
     "The model that a command works with"
     own = Path('results/model.pt')
     if path is None and own.exists(): path = own
@@ -40,10 +40,10 @@ def load_model(
 # %% ../../nbs/kit/samples.ipynb #b0000004
 def pick_sampler(
     name:str='ancestral', # A key of `SAMPLERS`
-    steps:int=None, # Evaluations of the network, for a sampler that can leave out some
-    eta:float=0., # Share of fresh noise, for a sampler that lets you choose it
-    timesteps:int=None, # The most steps there can be
-)->tuple: # The sampler, and its arguments
+    steps:int=None, # Evaluations of the network, if the sampler can leave some out
+    eta:float=0., # Share of fresh noise, if the sampler lets you choose it
+    timesteps:int=None, # Most steps that you may ask for
+)->tuple: # The sampler and its arguments
     "The sampler of that name"
     if name not in SAMPLERS: refuse(f"sampler must be {' or '.join(SAMPLERS)}, but is {name!r}")
     if steps is not None: check_int('steps', steps, hi=timesteps)
@@ -55,7 +55,7 @@ def pick_sampler(
 
 # %% ../../nbs/kit/samples.ipynb #b0000006
 def watched(sampler, steps:int, what:str='samples'):
-    "A sampler that takes `steps` steps, with a progress bar beside `what`"
+    "The same `sampler`, of `steps` steps, with a progress bar for `what`"
     def _f(*args, **kwargs): yield from bar(sampler(*args, **kwargs), total=steps, desc=what, leave=False)
     return _f
 
@@ -87,11 +87,11 @@ def written_to(folder:Path):
 
 # %% ../../nbs/kit/samples.ipynb #b0000010
 def images_at(data_path, data_class:str='cat'):
-    "Where real images are: the built-in faces of that domain, if no path is given"
+    "The path of the real images: `data_path`, or the built-in faces of that domain if it is None"
     return builtin_faces(data_class) if data_path is None else data_path
 
 def are_images(path)->bool:
-    "Is it a folder or zip of images, and not of a model?"
+    "Is `path` a folder or zip of images, and not of a model?"
     if path is None: return False
     path = check_path('samples', path)
     if path.is_dir(): return not any((path/o).exists() for o in ('model.pt', 'model.safetensors'))

@@ -30,7 +30,7 @@ INCEPTION = 'inception-2015-12-05.pt'
 INCEPTION_SHA256 = 'f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4'
 
 def inception_path()->Path: # Where clean-fid keeps Inception's weights
-    "The place where clean-fid looks for its network"
+    "The path at which clean-fid looks for its network"
     return Path('.' if platform.system() == 'Windows' else '/tmp')/INCEPTION
 
 # %% ../../nbs/kit/scores.ipynb #3c433777
@@ -82,7 +82,7 @@ class EfficientNetFeatures(nn.Module):
         return self.net.extract_features((x - 127)/128).mean((2, 3))
 
 # %% ../../nbs/kit/scores.ipynb #40aa7e4e
-def efficientnet()->Network: # Weights from PyPI
+def efficientnet()->Network: # With 1,280 features
     "EfficientNet-Lite0, whose weights are installed with the extra `offline`"
     return Network(EfficientNetFeatures(), 'efficientnet-lite0')
 
@@ -91,7 +91,7 @@ NETWORKS = {'inception': inception, 'efficientnet-lite0': efficientnet}
 def get_network(
     name=None, # A key of `NETWORKS`, a path to Inception's file, or a `Network`; by default the first that is there
 )->Network: # The network
-    "The network of that name; what is chosen without a name is said"
+    "The network of that name; if you don't name one and won't get Inception, a line says so"
     if isinstance(name, Network): return name
     if name is not None and Path(name).name == INCEPTION: return inception(name)
     if name is not None and name not in NETWORKS:
@@ -107,7 +107,7 @@ def fingerprint(
     names:list, # Which of its images
     *more, # What else the features depend on
 )->str: # 20 hexadecimal digits
-    "What tells these images from others: in a zip their checksums, in a folder their sizes and times of change"
+    "A key to these images and no others: in a zip by their checksums, in a folder by size and time of change"
     def of(name):
         if files.zip: return files.zip.getinfo(name).CRC, files.zip.getinfo(name).file_size
         stat = (files.path/name).stat()
@@ -117,12 +117,12 @@ def fingerprint(
 
 # %% ../../nbs/kit/scores.ipynb #b08bef74
 def cached(path):
-    "Features from the cache, or None where there are none, or none that can be read"
+    "Features from the cache, or None if there are none that can be read"
     try: return Features(np.load(path)) if path.is_file() else None
     except (OSError, ValueError, EOFError): return None
 
 def keep(f, path):
-    "Put features into the cache; without a place for it they are simply computed again"
+    "Put features into the cache; if that fails, they'll simply be computed again"
     if rank(): return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def keep(f, path):
 
 # %% ../../nbs/kit/scores.ipynb #82b47627
 class Batches:
-    "Batches of the middles of `Images`, in bytes"
+    "Batches of the middles of `Images`, as bytes"
     def __init__(self,
         images:Images, # Pictures of at least `size` pixels
         size:int, # Height and width of the middle, in pixels
