@@ -96,6 +96,13 @@ def test_domains_are_picked_and_refused():
     with pytest.raises(BadInput, match='only one image. Give at least two'): pick_names(['a.jpg'], 'all')
 
 
+@pytest.mark.parametrize('names', [['a.jpg', 'b.jpg'], ['train/a.jpg', 'train/b.jpg', 'val/c.jpg'], ['x/train/a.jpg', 'x/train/b.jpg']])
+def test_without_folders_of_domains_all_pictures_are_taken(names):
+    assert pick_names(names) == pick_names(names, 'all') == pick_names(names, 'dog')
+    with pytest.raises(BadInput, match="^data_class must be one of all, dog, but is 'cat'$"):
+        pick_names(names + [names[0].replace('a.jpg', 'dog/d.jpg')])
+
+
 @pytest.mark.parametrize('n,held', [(2, 1), (19, 1), (20, 2), (6000, 512)])
 def test_a_tenth_is_held_out_and_always_the_same(n, held):
     names = [f'{i:04}.jpg' for i in range(n)]

@@ -102,11 +102,12 @@ def hold_out(names:list, n_valid:int=512)->tuple[list, list]:
 
 def pick_names(
     names, # Names of image files
-    data_class:str='cat', # A domain, or 'all'
+    data_class:str='cat', # A domain, or 'all'; without folders of domains all are taken
     n_valid:int=512, # How many images to hold out, at most
 )->tuple[list, list]: # Names of the training images and of the held-out ones
     "Which images to train on, and which to hold out"
     by = splits(names)
+    if not any(by['train']): data_class = 'all' # no picture lies in a domain's folder, so there's nothing to choose
     train, val = (sorted(o for d,os in by[k].items() if data_class in ('all', d) for o in os) for k in ('train', 'val'))
     domains = ', '.join(['all', *sorted(filter(None, by['train']))])
     if not train: refuse(f'data_class must be one of {domains}, but is {data_class!r}')
