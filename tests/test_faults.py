@@ -87,7 +87,7 @@ ddpm_train()'''
     r = subprocess.run([sys.executable, '-c', code, '--data_path', pics, '--train_steps', '2', *TINY], cwd=tmp_path,
                        capture_output=True, text=True, env=os.environ | dict(TMPDIR=str(tmp_path)))
     assert r.returncode == 2 and 'Traceback' not in r.stderr, r.stderr
-    assert "model.pt can't be written (File too large). Give a folder that's there, with enough space" in r.stderr
+    assert "model.pt can't be written (File too large). Choose a folder that's there, with enough space" in r.stderr
     assert not list(tmp_path.rglob('*.pt'))
 
 

@@ -201,7 +201,7 @@ def test_arguments(small, args):
     with pytest.MonkeyPatch.context() as m:
         m.chdir(small)
         m.setattr(train, 'run', lambda c, dls, model, folder, *rest: 'ready')
-        m.setattr('ddpm_nb.kit.samples.builtin_faces', lambda *args: small/'pics') # their painting takes seconds
+        m.setattr('ddpm_nb.kit.faces.builtin_faces', lambda *args: small/'pics') # their painting takes seconds
         try: assert train.train_diffusion(**(good | args)) == 'ready'
         except BadInput as e:
             assert any(k in one_line(e) for k in (*args, 'dim', 'init_dim', 'model.pt', 'timesteps'))

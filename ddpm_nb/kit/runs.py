@@ -418,11 +418,10 @@ def run_folder(save_folder, load_path=None, resume:bool=False):
     path = check_path('save_folder', save_folder)
     if rank(): yield path; return
     goes_on = resume or load_path is not None and check_path('load_path', load_path).resolve().parent == path.resolve()
-    try:
+    with on_disk(f"save_folder: '{path}'"):
         if (path/'model.pt').exists() and not goes_on: move_aside(path)
         path.mkdir(parents=True, exist_ok=True)
         (path/'.probe').touch(); (path/'.probe').unlink()
-    except OSError as e: refuse(f"save_folder: can't write to '{path}' ({e.strerror}). Choose another folder")
     with only_run(path): yield path
 
 # %% ../../nbs/kit/runs.ipynb #run00042

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['INCEPTION', 'INCEPTION_SHA256', 'NETWORKS', 'inception_path', 'inception', 'download_inception',
-           'EfficientNetFeatures', 'efficientnet', 'get_network', 'fingerprint', 'Batches', 'reference', 'FIDCallback']
+           'EfficientNetFeatures', 'efficientnet', 'get_network', 'fingerprint', 'Batches', 'reference', 'are_images',
+           'load_samples', 'FIDCallback']
 
 # %% ../../nbs/kit/scores.ipynb #f40d7a2f
-import hashlib, json, platform, sys
+import hashlib, json, platform, sys, zipfile
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 
 from .checks import *
@@ -17,6 +19,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from fastai.learner import Recorder, ValueMetric
 from fastcore.xdg import xdg_cache_home
+from PIL import Image
 from torch import nn, Tensor
 
 from .files import *
@@ -171,6 +174,32 @@ def reference(
     f = net.all(Batches(images, size, net.batch_on(best_device(device)), n), device, progress)
     if net.key: keep(f, path)
     return f
+
+# %% ../../nbs/kit/scores.ipynb #b0000010
+def are_images(path)->bool:
+    "Is `path` a folder or zip of images, and not of a model?"
+    if path is None: return False
+    path = check_path('samples', path)
+    if path.is_dir(): return not any((path/o).exists() for o in ('model.pt', 'model.safetensors'))
+    return path.suffix == '.zip' and zipfile.is_zipfile(path)
+
+def load_samples(path)->Tensor:
+    "Generated images in a folder or zip, all of one size, as they are: uint8, shape (n, 3, size, size)"
+    files = Files(path)
+    sizes = {o: size_of(files, o) for o in files.names}
+    first, (w, h) = next(iter(sizes.items()))
+    if w != h: refuse(f'samples must be square, but {first} is of {w}×{h} pixels')
+    for o,(w2, h2) in sizes.items():
+        if (w2, h2) != (w, h):
+            refuse(f'samples must be of one size, but {first} is of {w}×{h} pixels and {o} of {w2}×{h2}')
+    return Images(files, files.names, w, limit=0).decode_all()
+
+# %% ../../nbs/kit/scores.ipynb #6705517b
+def size_of(files, name):
+    "Width and height of an image file, without decoding it"
+    try:
+        with Image.open(BytesIO(files.read(name)), formats=FORMATS) as im: return im.size
+    except UNREADABLE as e: refuse(f"samples: {name} can't be read ({type(e).__name__})")
 
 # %% ../../nbs/kit/scores.ipynb #1ad7ede9
 class FIDCallback(RunCallback):
