@@ -110,7 +110,7 @@ def test_the_average_leaves_however_validation_ends(learn, error):
             if self.training or self.seen: return
             self.seen += 1
             assert self.learn.model is self.learn.ema.avg.module
-            raise error
+            raise error('stop')
     learn.add_cb(Break())
     try: fit(learn)
     except (ValueError, KeyboardInterrupt): pass # fastai calls nobody after these
