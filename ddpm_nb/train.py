@@ -194,8 +194,7 @@ def score_samples(
     device:str=None, # Device such as cpu or cuda:0; the best one by default
 )->Score: # The distance and its companions
     "Score samples of a model, or a folder of images, against real ones"
-    check_int('n', n, 6)
-    keep_freed_memory()
+    check_int('n', n, 6); keep_freed_memory()
     device = join_processes(device)
     images = load_samples(samples) if are_images(samples) else None
     d = load_model(samples, device) if images is None else None

@@ -64,13 +64,16 @@ def picture(page):
 def small(page): return f"images/chapters/{page.removesuffix('.ipynb')}.jpg"
 
 
-def table(section):
-    "What a section holds"
-    if section != 'Course':
-        rows = [f'| {link(o)} | {head(o)[1]} |' for o in pages(section)]
-        return '\n'.join([f'| {section.lower()} | what it is about |', '|---|---|', *rows])
-    rows = [f'| {link(o)} | {head(o)[1]} | ![{picture(o)[1]}]({small(o)}) |' for o in pages(section)]
-    return '\n'.join(['| course | what it is about | how it ends |', '|---|---|---|', *rows])
+def course():
+    "The chapters, each with its picture"
+    rows = [f'| {link(o)} | {head(o)[1]} | ![{picture(o)[1]}]({small(o)}) |' for o in pages('Course')]
+    return '\n'.join(['| chapter | what it is about | how it ends |', '|---|---|---|', *rows])
+
+
+def beside():
+    "What stands beside the course, a line for each section"
+    rows = [f"| {k.lower()} | {', '.join(map(link, v))} |" for k,v in sidebar().items() if k not in ('', 'Course')]
+    return '\n'.join(['| section | pages |', '|---|---|', *rows])
 
 
 def answers():
@@ -84,10 +87,9 @@ def answers():
 
 def made(page):
     "The text of a notebook's file, with its tables as they should be"
-    nb = read(page)
+    nb, tables = read(page), {'table-course': course, 'table-beside': beside, 'answers': answers}
     for c in nb['cells']:
-        text = table(c['id'][6:].title()) if c['id'].startswith('table-') else answers() if c['id'] == 'answers' else ''
-        if text: c['source'] = text.splitlines(keepends=True)
+        if c['id'] in tables: c['source'] = tables[c['id']]().splitlines(keepends=True)
     return json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
 
 

@@ -370,7 +370,7 @@ def test_get_afhq_after_a_broken_session(server, home):
 
 def test_get_afhq_of_a_damaged_zip(server, home):
     (home/'afhq.zip').write_bytes(GOOD[:-300])
-    refused(get_afhq, home/'afhq.zip', server.url, **FAST, says='no readable zip')
+    refused(get_afhq, home/'afhq.zip', server.url, **FAST, says='nor a readable zip')
     assert server.seen == [] and (home/'afhq.zip').read_bytes() == GOOD[:-300] # it may be somebody's
 
 def test_get_afhq_other_folders(server, home):

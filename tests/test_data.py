@@ -41,7 +41,7 @@ def test_what_is_no_folder_or_zip_is_refused(tmp_path):
     (tmp_path/'text.zip').write_text('no zip')
     for o,why in {'none': "'.*none' does not exist. Give a folder or a zip of images",
                   'empty': "no image in '.*empty'. Give a folder or a zip of .jpg, .jpeg, .png",
-                  'text.zip': "'.*text.zip' is no folder and no readable zip .*"}.items():
+                  'text.zip': "'.*text.zip' is neither a folder nor a readable zip .*"}.items():
         with pytest.raises(BadInput, match=f'^data_path: {why}'): Files(tmp_path/o)
     for o in (None, 3, '', '\0'):
         with pytest.raises(BadInput, match='data_path must be a path'): Files(o)
@@ -93,7 +93,14 @@ def test_domains_are_picked_and_refused():
     assert pick_names(names, 'all', 2) == (names[:6], names[6:8])
     with pytest.raises(BadInput, match="^data_class must be one of all, cat, dog, but is 'llama'$"):
         pick_names(names, 'llama')
-    with pytest.raises(BadInput, match='one image only. Give at least two'): pick_names(['a.jpg'], 'all')
+    with pytest.raises(BadInput, match='only one image. Give at least two'): pick_names(['a.jpg'], 'all')
+
+
+@pytest.mark.parametrize('names', [['a.jpg', 'b.jpg'], ['train/a.jpg', 'train/b.jpg', 'val/c.jpg'], ['x/train/a.jpg', 'x/train/b.jpg']])
+def test_without_folders_of_domains_all_pictures_are_taken(names):
+    assert pick_names(names) == pick_names(names, 'all') == pick_names(names, 'dog')
+    with pytest.raises(BadInput, match="^data_class must be one of all, dog, but is 'cat'$"):
+        pick_names(names + [names[0].replace('a.jpg', 'dog/d.jpg')])
 
 
 @pytest.mark.parametrize('n,held', [(2, 1), (19, 1), (20, 2), (6000, 512)])

@@ -87,7 +87,7 @@ ddpm_train()'''
     r = subprocess.run([sys.executable, '-c', code, '--data_path', pics, '--train_steps', '2', *TINY], cwd=tmp_path,
                        capture_output=True, text=True, env=os.environ | dict(TMPDIR=str(tmp_path)))
     assert r.returncode == 2 and 'Traceback' not in r.stderr, r.stderr
-    assert "model.pt can't be written (File too large). Give a folder that's there, with enough space" in r.stderr
+    assert "model.pt can't be written (File too large). Choose a folder that's there, with enough space" in r.stderr
     assert not list(tmp_path.rglob('*.pt'))
 
 
@@ -133,7 +133,7 @@ def test_kill_9_at_any_moment(pics, tmp_path):
     a, b = (read_checkpoint(o/'model.pt') for o in (run, tmp_path/'whole'))
     assert all(torch.equal(a[k][n], b[k][n]) for k in ('model', 'ema') for n in b[k])
     assert (run/'loss.csv').read_bytes() == (tmp_path/'whole/loss.csv').read_bytes()
-    print(f'killed {kills} times in {last} steps, {saved} times in the midst of a file; 0 checkpoints lost, '
+    print(f'killed {kills} times in {last} steps, {saved} times in the middle of a file; 0 checkpoints lost, '
           'and the same weights and losses as a run that was never killed')
 
 

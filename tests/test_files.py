@@ -49,10 +49,10 @@ def test_a_file_that_is_interrupted_is_not_there(tmp_path):
 
 def test_where_one_cannot_write(tmp_path, small):
     for f in (lambda p: write_csv(p, 'ab', []), lambda p: save_diffusion(small, p)):
-        with pytest.raises(CannotWrite, match=r"none/a can't be written \(No such file or directory\). Give a folder"):
+        with pytest.raises(CannotWrite, match=r"none/a can't be written \(No such file or directory\). Choose a folder"):
             f(tmp_path/'none/a')
     (tmp_path/'file').touch()
-    with pytest.raises(CannotWrite, match="file/x can't be made"): save_pretrained(small, tmp_path/'file/x')
+    with pytest.raises(CannotWrite, match="file/x can't be written"): save_pretrained(small, tmp_path/'file/x')
     assert names(tmp_path) == ['file']
 
 
@@ -190,7 +190,7 @@ def test_half_of_the_digits(small, tmp_path):
 
 
 @pytest.mark.parametrize('content,says', [
-    ('{', 'is no JSON'), ('['*10**5, 'is no JSON'), ('[]', 'makes no model'), ('{"timesteps": 50}', 'makes no model'),
+    ('{', "isn't JSON"), ('['*10**5, "isn't JSON"), ('[]', 'makes no model'), ('{"timesteps": 50}', 'makes no model'),
     (None, 'not for 1000000000 timesteps')])
 def test_damaged_configurations(small, tmp_path, content, says):
     save_pretrained(small, tmp_path)
@@ -204,7 +204,7 @@ def test_damaged_safetensors(small, tmp_path):
     whole = weights.read_bytes()
     for content in (b'', b'hello', whole[:5000], b'\xff'*8 + whole[8:]):
         weights.write_bytes(content)
-        with pytest.raises(BadInput, match='model.safetensors is no safetensors file, or damaged'):
+        with pytest.raises(BadInput, match="model.safetensors isn't a safetensors file, or is damaged"):
             load_diffusion(tmp_path, 'cpu')
     net = copy.deepcopy(small)
     net.model.stem.weight.data[0] = math.inf

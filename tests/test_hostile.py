@@ -168,7 +168,7 @@ def test_no_code_of_a_checkpoint_runs(model, tmp_path, monkeypatch, where):
 def test_a_packed_checkpoint_is_refused_unread(model, tmp_path):
     with zipfile.ZipFile(model[1]) as a, zipfile.ZipFile(tmp_path/'bomb.pt', 'w', zipfile.ZIP_DEFLATED) as b:
         for i in a.infolist(): b.writestr(i.filename, bytes(2**24) if i.filename.endswith('/data/0') else a.read(i))
-    with pytest.raises(BadInput, match='more in it than fits'): read_checkpoint(tmp_path/'bomb.pt')
+    with pytest.raises(BadInput, match='it holds more than its size'): read_checkpoint(tmp_path/'bomb.pt')
 
 # Arguments
 
@@ -201,7 +201,7 @@ def test_arguments(small, args):
     with pytest.MonkeyPatch.context() as m:
         m.chdir(small)
         m.setattr(train, 'run', lambda c, dls, model, folder, *rest: 'ready')
-        m.setattr('ddpm_nb.kit.samples.builtin_faces', lambda *args: small/'pics') # their painting takes seconds
+        m.setattr('ddpm_nb.kit.faces.builtin_faces', lambda *args: small/'pics') # their painting takes seconds
         try: assert train.train_diffusion(**(good | args)) == 'ready'
         except BadInput as e:
             assert any(k in one_line(e) for k in (*args, 'dim', 'init_dim', 'model.pt', 'timesteps'))

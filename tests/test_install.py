@@ -6,7 +6,7 @@ from conftest import TINY, command
 
 
 def test_sampling_needs_neither_fastai_nor_matplotlib():
-    code = 'import sys, ddpm_nb.sampling, ddpm_nb.kit.files; ' \
+    code = 'import sys, ddpm_nb.sampling, ddpm_nb.kit.files, ddpm_nb.kit.samples; ' \
            'print([m for m in ("fastai", "matplotlib", "IPython", "accelerate", "diffusers") if m in sys.modules])'
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert r.stdout.strip() == '[]'

@@ -17,11 +17,14 @@ def test_readme_is_made_from_index():
 
 
 def test_readme_lists_every_page_once_in_the_order_of_the_sidebar():
-    rows = re.findall(r'^\| \[(?:\d\d )?(.+?)\]\(nbs/([\w/]+\.ipynb)\) \| ([^|]+) \|', readme(), re.M)
-    assert [o for _,o,_ in rows] and sorted(o for _,o,_ in rows) == sorted(o for o in pages() if o != 'index.ipynb')
-    for title, page, line in rows: assert (title, line) == head(page)
-    for section in list(sidebar())[1:]:
-        assert [o for _,o,_ in rows if o in pages(section)] == pages(section)
+    chapters = re.findall(r'^\| \[\d\d (.+?)\]\(nbs/([\w/]+\.ipynb)\) \| ([^|]+) \|', readme(), re.M)
+    assert [o for _,o,_ in chapters] == pages('Course')
+    for title, page, line in chapters: assert (title, line) == head(page)
+    others = re.findall(r'^\| (\w+) \| (\[.+\)) \|$', readme(), re.M)
+    assert [o.title() for o,_ in others] == [o for o in sidebar() if o not in ('', 'Course')]
+    for section, links in others:
+        found = re.findall(r'\[(.+?)\]\(nbs/([\w/]+\.ipynb)\)', links)
+        assert found == [(head(o)[0], o) for o in pages(section.title())]
 
 
 def test_map_goes_through_the_pages_in_the_order_of_the_sidebar():

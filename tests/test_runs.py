@@ -94,9 +94,9 @@ def test_the_folder_of_a_run(tmp_path, monkeypatch, capsys):
     assert 'which is now in' in capsys.readouterr().out
     with only_run(tmp_path/'run'): refused('a run is under way', run_folder(tmp_path/'run').__enter__)
     monkeypatch.chdir(tmp_path/'run')
-    refused("save_folder: you stand in '.', and it holds a run", run_folder('.').__enter__)
+    refused("save_folder: your current folder, '.', holds a run", run_folder('.').__enter__)
     (tmp_path/'file').touch()
-    refused("save_folder: can't write to", run_folder(tmp_path/'file/run').__enter__)
+    refused("file/run' can't be written", run_folder(tmp_path/'file/run').__enter__)
     refused('save_folder must be a path, but is 3', run_folder(3).__enter__)
 
 

@@ -6,6 +6,7 @@ from ddpm_nb.diffusion import Diffusion
 from ddpm_nb.kit.checks import BadInput
 from ddpm_nb.kit.files import save_diffusion, save_pretrained
 from ddpm_nb.kit.samples import *
+from ddpm_nb.kit.scores import are_images, load_samples
 from ddpm_nb.unet import Unet
 
 
@@ -56,7 +57,7 @@ def test_a_model_is_a_file_a_runs_folder_or_a_folder_for_others(tmp_path, monkey
 
 def test_a_folder_that_cannot_be_written_to(tmp_path):
     (tmp_path/'file').write_text('')
-    with pytest.raises(BadInput, match="save_folder: can't write to '.*file' .File exists.. Choose another folder"):
+    with pytest.raises(BadInput, match="save_folder: '.*file' can't be written .File exists.. Choose a folder"):
         with written_to(tmp_path/'file'): pass
 
 

@@ -7,7 +7,7 @@ from ddpm_nb.kit.checks import BadInput
 from ddpm_nb.kit.files import CannotWrite, load_diffusion, read_checkpoint
 from ddpm_nb.kit.plots import read_losses
 from ddpm_nb.kit.runs import older, only_run
-from ddpm_nb.kit.samples import load_samples
+from ddpm_nb.kit.scores import load_samples
 from ddpm_nb.train import *
 
 SMALL = dict(unet_dim=8, unet_dim_mults=(1, 2), image_size=16, batch_size=8, time_steps=5, n_samples=4, device='cpu')

@@ -22,7 +22,7 @@ AFHQ_NOTE = ('AFHQ v2, (c) NAVER Corp., licence CC BY-NC 4.0: non-commercial use
 
 # %% ../../nbs/kit/afhq.ipynb #5ae3cb4c
 def enough(folder, n):
-    "Refuse when fewer than `n` bytes are free in `folder`"
+    "Raise `BadInput` if `folder` has fewer than `n` bytes free"
     with on_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
@@ -30,12 +30,12 @@ def enough(folder, n):
 
 # %% ../../nbs/kit/afhq.ipynb #cd6677ec
 def copy(read, path, mode, total, progress):
-    "Write what `read` gives to `path`, never beyond `total` bytes in all, and return the bytes it then has"
+    "Write what `read` returns to `path`, at most to `total` bytes, and return how many bytes `path` has then"
     with on_disk(path): f = open(path, mode, buffering=0) # unbuffered, so that closing it can't fail
     with f, bar(total=total, show=progress, desc='download', initial=f.tell(), unit='B', unit_scale=True) as b:
         while v := read(1 << 18):
             if f.tell() + len(v) > total:
-                refuse(f'{path} gets more than the {total} bytes announced. Do not use this source')
+                refuse(f"{path} gets more than the {total} bytes announced. Don't use this source")
             b.update(len(v))
             while v:
                 with on_disk(path): v = v[f.write(v):]
@@ -45,20 +45,20 @@ def copy(read, path, mode, total, progress):
 def note(part): return Path(f'{part}.json')
 
 def left(part):
-    "The bytes that an earlier try left in `part`, and its mark `[etag, date, size]`"
+    "How many bytes `part` has from earlier tries, and which file they belong to: `[etag, date, size]`"
     try:
         etag, date, size = json.loads(note(part).read_text())
         return part.stat().st_size, [etag, date, size]
     except (OSError, ValueError, TypeError): return 0, ['', '', 0]
 
 def drop(part):
-    "Forget what has arrived"
+    "Delete what has arrived"
     with on_disk(part):
         for p in (part, note(part)): p.unlink(missing_ok=True)
 
 # %% ../../nbs/kit/afhq.ipynb #2ff53a9b
 def ask(url, part, timeout):
-    "Open `url` at the first byte that `part` lacks; None when it lacks none"
+    "Open `url` at the first byte that `part` lacks; None if it lacks none"
     have,(etag,date,size) = left(part)
     tag = date if etag.startswith('W/') else etag or date
     h = {'User-Agent': 'ddpm_nb'}
@@ -76,7 +76,7 @@ def ask(url, part, timeout):
 
 # %% ../../nbs/kit/afhq.ipynb #3d2173d3
 def told(r):
-    "From the headers of `r`: the byte it begins at, and its file's mark `[etag, date, size]`"
+    "What the headers of `r` say: the byte it starts at, and which file it is, `[etag, date, size]`"
     h,n = r.headers,r.headers.get('Content-Length', '')
     mark = [h.get('ETag', ''), h.get('Last-Modified', '')]
     if r.status not in (200, 206): refuse(f'{r.url} answers with status {r.status}. Check the address')
@@ -84,25 +84,25 @@ def told(r):
     m = re.fullmatch(r'bytes (\d{1,18})-(\d{1,18})/(\d{1,18})', h.get('Content-Range', ''))
     a,b,total = map(int, m.groups()) if m else (0, 0, 0)
     if not a <= b < total or n not in ('', str(b-a+1)):
-        refuse(f'{r.url} contradicts itself on the length of the file. Do not use this source')
+        refuse(f"{r.url} contradicts itself on the length of the file. Don't use this source")
     return a, mark + [total]
 
 # %% ../../nbs/kit/afhq.ipynb #b270fa3a
 def one_try(url, part, timeout, progress):
-    "Add to `part` what it lacks, and return the whole size in bytes"
+    "Fetch what `part` lacks, and return the size of the whole file in bytes"
     (have, mark), r = left(part), ask(url, part, timeout)
     if r is None: return have
     with r:
         start, new = told(r)
-        total = new[2] or refuse(f'{url} does not say the size of the file. Fetch the file with a browser')
+        total = new[2] or refuse(f"{url} does not say the size of the file. Fetch the file with a browser")
         if start and (start != have or any(a and b and a != b for a,b in zip(new, mark))):
             drop(part)
             raise ConnectionError('the file changed on the server')
         if not start and not b'PK\3\4'.startswith(r.peek(4)[:4]):
-            refuse(f'{url} is no zip, perhaps a web page. Open the address in a browser to see why')
+            refuse(f"{url} isn't a zip, perhaps a web page. Open the address in a browser to see why")
         enough(part.parent, total - start)
         with on_disk(part):
-            if not start: part.write_bytes(b'') # before the note, which mustn't vouch for older bytes
+            if not start: part.write_bytes(b'') # first, so that the note never speaks for older bytes
             note(part).write_text(json.dumps(new))
         n = copy(r.read1, part, 'ab' if start else 'wb', total, progress)
     if n < total: raise ConnectionError(f'it broke off at {n} of {total} bytes')
@@ -112,12 +112,12 @@ def one_try(url, part, timeout, progress):
 def download(
     url, # http or https address of a zip
     dest, # File to write
-    timeout=30, # Seconds without a byte before a try is given up
-    retries=5, # Further tries after the first
-    pause=1., # Seconds before the first of them, doubled for each next
+    timeout=30, # Seconds without a byte before we give up a try
+    retries=5, # How many more tries after the first
+    pause=1., # Seconds to wait before the second try, doubled before each one after
     progress=True, # Show a progress bar?
 ):
-    "Fetch the zip at `url` into `dest`, going on from where an earlier try broke off, and return `dest`"
+    "Download the zip at `url` to `dest`, from where an earlier try broke off, and return `dest`"
     dest = check_path('dest', dest)
     part = dest.with_name(dest.name + '.part')
     if not re.fullmatch('https?://[!-~]+', url):
@@ -125,7 +125,7 @@ def download(
     total = tries(lambda: one_try(url, part, timeout, progress), url, part, retries, pause)
     if part.stat().st_size != total or not zipfile.is_zipfile(part):
         drop(part)
-        refuse(f'{url} sent something that is not a whole zip of the size announced. Run again, or use a browser')
+        refuse(f'{url} sent something that is not a whole zip of the size announced. Run this again, or use a browser')
     with on_disk(dest):
         os.replace(part, dest)
         note(part).unlink(missing_ok=True)
@@ -133,24 +133,24 @@ def download(
 
 # %% ../../nbs/kit/afhq.ipynb #1f1df8c0
 def tries(f, url, part, retries, pause):
-    "`f()`, tried again while the connection fails"
+    "Call `f` until the connection holds, at most `retries` more times, and return what it does"
     for i in range(retries+1):
         try: return f()
         except (OSError, HTTPException, UnicodeError) as e: why = ' '.join(f'{e or type(e).__name__}'.split())
         if i==retries: break
         print(f'\ndownload: {why}; trying again in {pause*2**i:g} s', file=sys.stderr)
         time.sleep(pause*2**i)
-    refuse(f'{url} breaks off: {why} ({retries+1} tries, {left(part)[0]} bytes kept in {part}). '
+    refuse(f'{url} broke off: {why} ({retries+1} tries, {left(part)[0]} bytes kept in {part}). '
            'Run the same again to go on from there')
 
 # %% ../../nbs/kit/afhq.ipynb #863574d9
 def get_afhq(
-    dest='afhq.zip', # Zip to make
-    url=AFHQ_URL, # Its address
+    dest='afhq.zip', # The zip to write
+    url=AFHQ_URL, # Where to fetch it
     progress=True, # Show a progress bar?
-    **kwargs, # Further arguments of `download`
+    **kwargs, # More arguments of `download`
 )->Path:
-    "Download AFHQ v2 (7.0 GB) unless it is there, and return its zip, which every `data_path` takes as it is"
+    "Download AFHQ v2 (7.0 GB) unless you have it, and return its zip, ready for every `data_path`"
     dest = check_path('dest', dest)
     if dest.suffix != '.zip': dest = dest.with_name(dest.name + '.zip')
     print(AFHQ_NOTE)

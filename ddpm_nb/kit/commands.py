@@ -16,7 +16,7 @@ from .checks import *
 
 # %% ../../nbs/kit/commands.ipynb #e433bea7
 def read_flags(p, args):
-    "The values that the parser `p` finds in `args`, with `_` and `-` alike in the flags"
+    "What the parser `p` reads in `args`, a dictionary; flags may be written with `_` or with `-`"
     usage = p.format_usage()
     def spell(a):
         flag, eq, v = a.partition('=')
@@ -26,9 +26,9 @@ def read_flags(p, args):
 
 # %% ../../nbs/kit/commands.ipynb #4860ee1e
 def command(
-    f, # A function whose parameters have docments; what it returns is dropped
-    name:str=None, # Name of the command; the function's by default
-): # A function that parses `sys.argv` when it is called with nothing
+    f, # A function whose parameters have docments; we drop what it returns
+    name:str=None, # Name of the command; by default the function's
+): # Does the same, and reads `sys.argv` if you call it without arguments
     "Make `f` a console command: its parameters become flags, `BadInput` becomes one line and exit code 2"
     name = name or f.__name__
     def end(line, code):
@@ -48,7 +48,7 @@ def command(
 
 # %% ../../nbs/kit/commands.ipynb #499c6101
 def ints(s)->tuple:
-    "Whole numbers, from a sequence or from text such as '1,2,4,8'"
+    "A tuple of whole numbers, out of a sequence or out of text such as '1,2,4,8'"
     if not isinstance(s, str): return tuple(s) if isinstance(s, (tuple, list)) else (s,)
     try: return tuple(int(o) for o in s.strip('()[] ').split(','))
     except ValueError: refuse(f'unet_dim_mults must be whole numbers with commas, such as 1,2,4,8, but is {s!r}')

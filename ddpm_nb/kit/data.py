@@ -26,13 +26,13 @@ from fasttransform import Transform
 from PIL import Image, ImageOps
 from torch import Tensor
 
-THREADS = min(8, os.cpu_count() or 1) # decode
+THREADS = min(8, os.cpu_count() or 1) # that decode
 
 # %% ../../nbs/kit/data.ipynb #5f1a9615
 EXTS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')
 
 def is_image_name(name:str)->bool:
-    "Does the ending of the file say picture, and is it none of the hidden files that operating systems add?"
+    "Is this the name of a picture, and not of a hidden file that an operating system left behind?"
     p = PurePosixPath(name)
     return p.suffix.lower() in EXTS and not any(o.startswith(('.', '__MACOSX')) for o in p.parts)
 
@@ -42,7 +42,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, R
 
 # %% ../../nbs/kit/data.ipynb #f5fbe23c
 def walk(root:Path)->Iterator[str]:
-    "Names of all files below `root`, with `/` between folders, in linked folders too, each folder once"
+    "Names of all files below `root`, with `/` between folders; follows links, but enters each folder once"
     seen = set()
     for folder, dirs, files in os.walk(root, followlinks=True):
         new = {d: os.path.realpath(os.path.join(folder, d)) for d in sorted(dirs)}
@@ -56,32 +56,33 @@ def walk(root:Path)->Iterator[str]:
 MAX_BYTES = 2**28
 
 class Files:
-    "The pictures of a folder or a zip, by their names within it"
+    "The pictures in a folder or a zip, by their names in it"
     def __init__(self, path):
         self.path, self.zip, give = check_path('data_path', path), None, 'Give a folder or a zip of images'
         if not os.path.exists(self.path): refuse(f'data_path: {str(path)!r} does not exist. {give}')
         if os.path.isdir(self.path): names = walk(self.path)
         else:
             try: self.zip = zipfile.ZipFile(self.path)
-            except UNREADABLE as e: refuse(f'data_path: {str(path)!r} is no folder and no readable zip ({e}). {give}')
+            except UNREADABLE as e:
+                refuse(f'data_path: {str(path)!r} is neither a folder nor a readable zip ({e}). {give}')
             names = (i.filename for i in self.zip.infolist() if not i.is_dir())
         self.names = sorted(filter(is_image_name, names))
         if not self.names: refuse(f"data_path: no image in {str(path)!r}. Give a folder or a zip of {', '.join(EXTS)}")
 
     def read(self, name:str)->bytes:
-        "What is in the file `name`; raises one of `UNREADABLE` where it can't be read"
+        "The bytes of the file `name`; raises one of `UNREADABLE` if we can't read it"
         info = self.zip.getinfo(name) if self.zip else None
         n = info.file_size if info else (self.path/name).stat().st_size
         if n > MAX_BYTES: raise ValueError(f'{n} bytes, more than {MAX_BYTES}')
         if not self.zip or not info: return (self.path/name).read_bytes()
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): raise ValueError('a rare compression')
-        with self.zip.open(info) as f: data = f.read(n + 1) # to its end, where the checksum is looked at
+        with self.zip.open(info) as f: data = f.read(n + 1) # to its end, where zipfile checks the checksum
         if len(data) != n: raise ValueError('cut short')
         return data
 
 # %% ../../nbs/kit/data.ipynb #5dffa1b3
 def splits(names)->dict:
-    "Names of image files by split and domain, {'train': {domain: names}, 'val': {…}}, in AFHQ's layout or any other"
+    "Sort names by split and domain, {'train': {domain: names}, 'val': {…}}, in AFHQ's layout or any other"
     split_of, res = dict(train='train', val='val', test='val'), dict(train=defaultdict(list), val=defaultdict(list))
     layout = any('train' in PurePosixPath(o).parts[:-1] for o in names)
     for o in names:
@@ -95,28 +96,29 @@ def splits(names)->dict:
 
 # %% ../../nbs/kit/data.ipynb #67836d63
 def hold_out(names:list, n_valid:int=512)->tuple[list, list]:
-    "Names to train on, and a tenth to hold out, at least one and at most `n_valid`, the same ones each time"
+    "Names to train on, and a tenth to hold out: from 1 to `n_valid` of them, the same every time"
     held = set(np.random.RandomState(0).permutation(len(names))[:min(n_valid, max(1, len(names)//10))].tolist())
     return [o for i,o in enumerate(names) if i not in held], [o for i,o in enumerate(names) if i in held]
 
 def pick_names(
     names, # Names of image files
-    data_class:str='cat', # A domain, or 'all'
-    n_valid:int=512, # Held-out images at most
+    data_class:str='cat', # A domain, or 'all'; without folders of domains all are taken
+    n_valid:int=512, # How many images to hold out, at most
 )->tuple[list, list]: # Names of the training images and of the held-out ones
-    "The images to train on, and the first `n_valid` of those to validate on"
+    "Which images to train on, and which to hold out"
     by = splits(names)
+    if not any(by['train']): data_class = 'all' # no picture lies in a domain's folder, so there's nothing to choose
     train, val = (sorted(o for d,os in by[k].items() if data_class in ('all', d) for o in os) for k in ('train', 'val'))
     domains = ', '.join(['all', *sorted(filter(None, by['train']))])
     if not train: refuse(f'data_class must be one of {domains}, but is {data_class!r}')
     if not val:
-        if len(train) < 2: refuse('data_path: there is one image only. Give at least two, one of them to hold out')
+        if len(train) < 2: refuse('data_path: there is only one image. Give at least two, one of them to hold out')
         train, val = hold_out(train, min(n_valid, 512))
     return train, val[:n_valid]
 
 # %% ../../nbs/kit/data.ipynb #4511d010
 def to_rgb(im:Image.Image)->Image.Image:
-    "A picture of any mode as 8-bit RGB, on white where it is transparent"
+    "A picture of any mode as 8-bit RGB, white where it was transparent"
     if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im).clip(0, 65535)//257).astype(np.uint8))
     if im.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in im.info:
         im = im.convert('RGBA')
@@ -127,7 +129,7 @@ def to_rgb(im:Image.Image)->Image.Image:
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF')
 
 def decode(data:bytes, size:int)->np.ndarray:
-    "The picture in `data`, uint8 (3, size, size); raises one of `UNREADABLE` where there is none"
+    "The picture in `data`, uint8 of shape (3, size, size); raises one of `UNREADABLE` if there is none"
     with Image.open(BytesIO(data), formats=FORMATS) as im:
         most = Image.MAX_IMAGE_PIXELS or math.inf
         if im.width*im.height > most: raise ValueError(f'{im.width}×{im.height} pixels, more than {most}')
@@ -136,45 +138,45 @@ def decode(data:bytes, size:int)->np.ndarray:
 
 # %% ../../nbs/kit/data.ipynb #d5c6ea47
 class Images:
-    "Pictures as uint8 tensors of shape (3, size, size), decoded once, or at each use if they exceed `limit` bytes"
+    "Pictures as uint8 tensors of shape (3, size, size), decoded once, or at each use if they'd take over `limit` bytes"
     def __init__(self,
         files:Files, # Where they are
         names:list, # Which ones
         size:int, # Height and width after decoding, in pixels
-        limit:int=2**30, # Bytes that the decoded pictures may take
-        on_bad:str='error', # What to do about unreadable files, 'error' or 'skip'
+        limit:int=2**30, # How many bytes the decoded pictures may take
+        on_bad:str='error', # What to do about files we can't read, 'error' or 'skip'
         progress:bool=False, # Show a progress bar?
     ):
         if on_bad not in ('error', 'skip'): refuse(f'on_bad must be error or skip, but is {on_bad!r}')
-        Image.init() # PIL's plugins, before threads ask for them all at once
+        Image.init() # load PIL's plugins now, before several threads try to
         self.files, self.names, self.size, self.on_bad = files, list(names), size, on_bad
         self.x = self.decode_all(progress) if len(names)*3*size**2 <= limit else None
 
     def __len__(self): return len(self.names)
 
     def __getitem__(self, i):
-        "A tuple of one picture, or of one batch where `i` is a list or a tensor"
+        "A tuple of one picture, or of one batch if `i` is a list or a tensor"
         idxs = [int(i)] if (one := isinstance(i, (int, np.integer))) else i
         x = self.decode_some([int(o) for o in idxs]) if self.x is None else self.x[idxs]
         return (TensorImage(x[0] if one else x),)
 
-    def decode_one(self, name:str)->np.ndarray|str: # uint8, shape (3, size, size), or the reason why not
-        "Decode one file, or say what is wrong with it"
+    def decode_one(self, name:str)->np.ndarray|str: # uint8 of shape (3, size, size), or why not
+        "Decode one file, or say what's wrong with it"
         try: return decode(self.files.read(name), self.size)
-        except Image.UnidentifiedImageError: return f'{name} (no image)'
+        except Image.UnidentifiedImageError: return f'{name} (not an image)'
         except UNREADABLE as e: return f"{name} ({str(e).split(' <')[0] or type(e).__name__})"
 
     def report(self, bad:list):
-        "Refuse unreadable files, named with the reasons, or say how many are skipped"
+        "Raise `BadInput` with the names of bad files and the reasons, or print how many we skip"
         n, some = len(self), ', '.join(bad[:5]) + (f' and {len(bad) - 5} more' if len(bad) > 5 else '')
         if bad and (self.on_bad == 'error' or len(bad) == n):
             refuse(f'data_path: {len(bad)} of {n} images are unreadable: {some}. Mend them, or choose on_bad skip')
         if bad: print(f'{len(bad)} of {n} images skipped: {some}', file=sys.stderr)
 
     def decode_all(self, progress:bool=False)->Tensor: # uint8, shape (n, 3, size, size)
-        "All pictures in one tensor; `names` keeps the readable ones"
+        "Decode all pictures into one tensor, and keep in `names` those we could read"
         x, bad, good = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8), [], []
-        parts = [self.names[i:i+32] for i in range(0, len(self), 32)] # one at a time would cost more
+        parts = [self.names[i:i+32] for i in range(0, len(self), 32)] # one by one is slower
         with ThreadPoolExecutor(THREADS) as ex:
             each = (o for part in ex.map(lambda o: list(map(self.decode_one, o)), parts) for o in part)
             for name,o in zip(self.names, bar(each, progress, len(self))):
@@ -187,7 +189,7 @@ class Images:
         return x[:len(good)]
 
     def decode_some(self, idxs)->Tensor: # uint8, shape (b, 3, size, size)
-        "Pictures decoded now; in place of one that is to be skipped comes the next one"
+        "Decode some pictures now; for one that we skip we take the next"
         def one(i):
             for j in range(len(self)):
                 o = self.decode_one(self.names[(i + j) % len(self)])
@@ -197,7 +199,7 @@ class Images:
 
 # %% ../../nbs/kit/data.ipynb #55b0bbb8
 def crop(x:Tensor, size:int, top:Tensor, left:Tensor, flip:Tensor)->Tensor:
-    "Each of (b, c, s, s) from row `top` and column `left` on, all (b,), mirrored where `flip`, channels last"
+    "Crop each of `x`, (b, c, s, s), from row `top` and column `left`, and mirror it if `flip`, all (b,); channels last"
     i = torch.arange(size, device=x.device)
     rows = top[:, None] + i
     cols = left[:, None] + torch.where(flip[:, None], size - 1 - i, i)
@@ -206,28 +208,28 @@ def crop(x:Tensor, size:int, top:Tensor, left:Tensor, flip:Tensor)->Tensor:
 
 # %% ../../nbs/kit/data.ipynb #eaca2451
 def with_room(size:int)->int:
-    "How many pixels to decode, of which `size` are cut out at random"
+    "How many pixels to decode, so that crops of `size` can vary"
     return int(1.12*size)
 
 def train_view(x:Tensor, size:int)->Tensor:
-    "A random crop and a coin flip of each picture, uint8 (b, c, s, s), in [-1, 1] of shape (b, c, size, size)"
+    "Crop and flip each picture at random: from uint8 (b, c, s, s) to [-1, 1], shape (b, c, size, size)"
     room, b, device = x.shape[-1] - size + 1, len(x), x.device
     top, left = (torch.randint(room, (b,), device=device) for _ in range(2))
     x = crop(x, size, top, left, torch.rand(b, device=device) < .5)
     return x.float()/127.5 - 1
 
 def centre(x:Tensor, size:int)->Tensor:
-    "The middle (b, c, size, size) of each picture (b, c, s, s), as it is"
+    "Cut the middle, (b, c, size, size), out of each picture of `x`, (b, c, s, s); values stay as they are"
     o = (x.shape[-1] - size)//2
     return x[..., o:o+size, o:o+size]
 
 def eval_view(x:Tensor, size:int)->Tensor:
-    "The middle of each picture, uint8 (b, c, s, s), in [-1, 1] of shape (b, c, size, size)"
+    "Crop the middle of each picture: from uint8 (b, c, s, s) to [-1, 1], shape (b, c, size, size)"
     return centre(x, size).contiguous(memory_format=torch.channels_last).float()/127.5 - 1
 
 # %% ../../nbs/kit/data.ipynb #944d4b3c
 class View(Transform):
-    "`train_view` or `eval_view` of a batch; its inverse is for the screen"
+    "`train_view` or `eval_view` of a batch; `decodes` turns it back into [0, 1] for the screen"
     def __init__(self, size, train): self.size, self.view = size, train_view if train else eval_view
     def encodes(self, x:TensorImage): return TensorImage(self.view(x.as_subclass(Tensor), self.size))
     def decodes(self, x:TensorImage): return ((x + 1)/2).clamp(0, 1)
@@ -239,15 +241,15 @@ class ImageDL(TfmdDL):
         super().__init__(dataset, bs=bs, num_workers=0, **kwargs)
         self.skip, self.on_start = 0, noop
 
-    def get_idxs(self)->list: # Indices of pictures, in the order in which they come
-        "What the next epoch takes, without what `skip` leaves out"
+    def get_idxs(self)->list: # Indices of pictures, in order
+        "The pictures of the next epoch, without its first `skip` batches"
         skip, self.skip = self.skip*self.bs, 0
         if not self.shuffle: return list(range(self.n))[skip:]
         passes = math.ceil(self.n/len(self.dataset))
         return [i for _ in range(passes) for i in self.shuffle_fn(range(len(self.dataset)))][skip:self.n]
 
     def create_batches(self, samps):
-        "Yields whole batches of the pictures with the indices `samps`"
+        "Yields the pictures with the indices `samps`, a batch at a time"
         if not getattr(self, '_types', None): self._one_pass() # fastai looks at one picture and draws random numbers
         on_start, self.on_start = self.on_start, noop
         on_start()
@@ -257,18 +259,18 @@ class ImageDL(TfmdDL):
 
 # %% ../../nbs/kit/data.ipynb #81e4d24f
 def image_dls(
-    data_path, # A folder or zip file of images, in AFHQ's layout or any other
+    data_path, # A folder or a zip of images, in AFHQ's layout or any other
     image_size:int=32, # Height and width of the training images, in pixels
     batch_size:int=32, # Images in a batch
     data_class:str='cat', # A domain such as 'cat', or 'all'
-    epoch_size:int=None, # Images in an epoch; as many as there are by default
-    n_valid:int=512, # Held-out images at most
-    limit:int=2**30, # Bytes that the decoded images may take; beyond it they are decoded at each use
-    on_bad:str='error', # What to do about unreadable images, 'error' or 'skip'
-    device=None, # Where batches go; the best device by default
-    progress:bool=False, # Show progress while decoding?
+    epoch_size:int=None, # Images in an epoch; by default as many as there are
+    n_valid:int=512, # How many images to hold out, at most
+    limit:int=2**30, # How many bytes the decoded images may take; if they'd take more, we decode at each use
+    on_bad:str='error', # What to do about images we can't read, 'error' or 'skip'
+    device=None, # Where batches go; by default the best device
+    progress:bool=False, # Show a progress bar while decoding?
 )->DataLoaders: # fastai `DataLoaders` of images in [-1, 1]; `train_ds` and `valid_ds` are the `Images`
-    "The images at `data_path` as fastai `DataLoaders` (the assignment's section 7, Dataset)"
+    "Load the images at `data_path` as fastai `DataLoaders` (the assignment's section 7, Dataset)"
     size, bs = with_room(check_int('image_size', image_size)), check_int('batch_size', batch_size)
     n_valid, n = check_int('n_valid', n_valid), None if epoch_size is None else check_int('epoch_size', epoch_size)
     device, files = best_device(device), Files(data_path)

@@ -8,7 +8,7 @@ __all__ = ['ProcessesCallback']
 # %% ../../nbs/kit/ddp.ipynb #67b8dedc
 import signal
 
-from .processes import * # before fastai, for the warnings that it keeps off the screen
+from .processes import * # before fastai, so that its warnings stay hidden
 
 import torch
 from fastai.callback.core import Callback
@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 # %% ../../nbs/kit/ddp.ipynb #9a9d3f99
 class ProcessesCallback(Callback):
-    "Train in several processes, each on its share of every batch"
-    order, run_valid = .5, False # just after `DDPMCallback`
+    "Train in several processes, each on its own share of every batch"
+    order, run_valid = .5, False # right after `DDPMCallback`
     def before_fit(self):
         self.whole = self.learn.model
         self.learn.model = DistributedDataParallel(self.whole, broadcast_buffers=False)

@@ -27,16 +27,16 @@ def as_pixels(x:Tensor)->Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 def as_image(x:Tensor, shape)->Tensor:
-    "Lists of pixels (b, n, c) as images of that shape (b, c, h, w), channels last"
+    "Lists of pixels (b, n, c) as images of `shape` (b, c, h, w), channels last"
     return x.view(shape[0], *shape[2:], -1).permute(0, 3, 1, 2)
 
 # %% ../../nbs/kit/fast.ipynb #12fb9d50
 def at_least_float(x:Tensor)->Tensor:
-    "`x` in a precision that sums can be taken in: float32, or float64 if `x` is"
+    "`x` in a precision good enough for sums: float32, or float64 if `x` is in it"
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 def standardised(weight:Tensor)->Tensor:
-    "The kernels that a `WSConv2d` with that `weight` multiplies with"
+    "The kernels that a `WSConv2d` with this `weight` applies"
     w = at_least_float(weight).permute(0, 2, 3, 1)
     return F.layer_norm(w, w.shape[1:], eps=1e-5).permute(0, 3, 1, 2).to(weight.dtype)
 
@@ -81,7 +81,7 @@ class NormAct(torch.autograd.Function):
 
 # %% ../../nbs/kit/fast.ipynb #41b42c28
 class FastBlock(Block):
-    "`Block` with its normalisation, time and SiLU in one (@eq-norm, @eq-pair)"
+    "`Block` with its normalisation, time and SiLU in one function (@eq-norm, @eq-pair)"
     def forward(self, x, scale_shift=None): # the time's scale and shift side by side, (b, 2·dim_out)
         x = F.conv2d(x, standardised(self.conv.weight), None, self.conv.stride, self.conv.padding)
         gain, bias = (o.expand(len(x), -1) for o in (self.norm.weight, self.norm.bias))
@@ -98,8 +98,8 @@ def scale_shifts(blocks, emb:Tensor)->tuple:
     return F.linear(F.silu(emb), w, b).split([len(o.bias) for o in layers], 1)
 
 class FastResBlock(ResBlock):
-    "`ResBlock`, handed its scale and shift"
-    def forward(self, x, shifts): # which yields each block's scale and shift
+    "`ResBlock` that is handed its scale and shift"
+    def forward(self, x, shifts): # yields the scale and shift of one block after another
         return self.block2(self.block1(x, next(shifts))) + self.skip(x)
 
 # %% ../../nbs/kit/fast.ipynb #423c3a73
@@ -164,7 +164,7 @@ class MergedAttention(torch.autograd.Function):
 class FastLinearAttention(LinearAttention):
     "`LinearAttention` by way of a d×c summary (@eq-merged)"
     def merged(self):
-        "Queries' and keys' matrices (h·d, c), and that of values and output in one (h, c, c)"
+        "The matrices of queries and keys (h·d, c), and of values and output in one (h, c, c)"
         wq, wk, wv = (self.qkv.weight*self.norm.gain).chunk(3)
         wo = rearrange(self.out.weight, 'o (h d) -> h d o', h=self.heads)
         return wq, wk, rearrange(wv, '(h d) c -> h c d', h=self.heads)@wo*wo.shape[1]**-.5
@@ -179,7 +179,7 @@ class FastLinearAttention(LinearAttention):
 # %% ../../nbs/kit/fast.ipynb #4413522d
 class FastUnet(Unet):
     "`Unet`, faster"
-    most = 2**20 # on a GPU, until it turns out to be too much
+    most = 2**20 # pixels in a piece on a GPU, until that turns out to be too much
     def embed(self, emb):
         return iter(scale_shifts([m for m in self.modules() if isinstance(m, ResBlock)], self.time(emb)))
 
@@ -194,7 +194,7 @@ class FastUnet(Unet):
         except torch.OutOfMemoryError:
             if n == 1: raise
             parts = []
-        if not parts: # outside of the handler, which keeps what didn't fit
+        if not parts: # outside the handler, which holds on to what didn't fit
             self.most = n*pixels//2
             return self(x, t)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -204,7 +204,7 @@ FAST = {Unet: FastUnet, ResBlock: FastResBlock, Block: FastBlock, Attention: Fas
         LinearAttention: FastLinearAttention}
 
 def fast(
-    net:nn.Module, # A `Unet`; another network stays as it is
+    net:nn.Module, # A `Unet`; any other network stays as it is
 )->nn.Module: # The same object
     "Make `net` cheaper, in place"
     for m in net.modules(): m.__class__ = FAST.get(type(m), type(m))
@@ -244,7 +244,7 @@ def autocast(
     device, # Where the model runs
     precision:str='auto', # As for `precision_on`
 ): # A context in which networks compute in that precision
-    "PyTorch's autocast where `precision` means half"
+    "PyTorch's autocast if `precision` means half, else a context that changes nothing"
     dtype = HALF.get(precision_on(device, precision))
     return torch.autocast(torch.device(device).type, dtype) if dtype else nullcontext()
 
@@ -254,8 +254,8 @@ class Captured:
     def __init__(self,
         f, # Takes tensors and returns a tensor or a tuple of them; never asks for a value
         warm:int=3, # Calls with these shapes before the one that is recorded
-        most:int=8, # Graphs at most; further shapes run without
-        model:nn.Module=None, # Whose parameters `f` reads; where they move to other places, all is recorded anew
+        most:int=8, # Most graphs to keep; further shapes run without one
+        model:nn.Module=None, # Its parameters are what `f` reads; if they move in memory, we record again
     ): self.f, self.warm, self.most, self.model, self.seen, self.places = f, warm, most, model, {}, []
 
     def __reduce__(self): return Captured, (self.f, self.warm, self.most, self.model) # a copy records its own
@@ -291,17 +291,17 @@ def aside(f, *xs):
     return y
 
 def record(f, *xs):
-    "Record `f(*xs)` without running it; a function that replays it on other values"
+    "Record `f(*xs)` without running it, and return a function that replays it on other values"
     device, graph = xs[0].device, torch.cuda.CUDAGraph()
     with torch.inference_mode(False): held = [x.clone() for x in xs]
     now = torch.cuda.current_stream(device)
-    gc.collect() # no other graph may end meanwhile
-    torch.clear_autocast_cache() # or the recording would use casts of weights that it doesn't make
+    gc.collect() # now, so that no old graph is freed during the recording
+    torch.clear_autocast_cache() # or the recording would use casts of the weights that it doesn't make itself
     try:
         with torch.cuda.device(device), torch.cuda.graph(graph, stream=side_stream(device)): y = f(*held)
     finally:
         torch.clear_autocast_cache()
-        torch.cuda.set_stream(now) # which a recording that fails leaves behind
+        torch.cuda.set_stream(now) # a recording that fails leaves its own stream in place
     def replay(*xs):
         for a,b in zip(held, xs): a.copy_(b)
         with torch.cuda.device(device): graph.replay()
@@ -310,7 +310,7 @@ def record(f, *xs):
 
 # %% ../../nbs/kit/fast.ipynb #graph006
 class TrainStep:
-    "A step of training in place, as a function of the batch: loss, gradient, Adam, average of the weights"
+    "A step of training as a function of the batch, in place: loss, gradient, Adam, average of the weights"
     def __init__(self,
         model:nn.Module, # `model(x_0)` is the loss
         opt:torch.optim.Optimizer, # Adam or AdamW, fused
@@ -322,22 +322,22 @@ class TrainStep:
         self.model, self.opt, self.dtype, self.avg, self.max_norm, self.pieces = model, opt, dtype, avg, max_norm, 1
         self.params = [p for g in opt.param_groups for p in g['params'] if p.requires_grad]
         self.device = self.params[0].device
-        scale, after = (2.**16, 2000) if dtype == torch.float16 else (1., 2**31 - 1) # others need none
+        scale, after = (2.**16, 2000) if dtype == torch.float16 else (1., 2**31 - 1) # only float16 needs a scale
         self.scaler = scaler or torch.amp.GradScaler(self.device.type, init_scale=scale, growth_interval=after)
         self.lr = [torch.tensor(float(g['lr']), device=self.device) for g in opt.param_groups]
 
     def set_lr(self):
-        "Take over the learning rates of the optimizer"
+        "Copy the learning rates of the optimizer"
         for a,g in zip(self.lr, self.opt.param_groups): a.fill_(g['lr'])
 
     def __call__(self,
         x_0:Tensor, # A batch of images, shape (b, c, h, w)
-    )->tuple[Tensor, Tensor]: # Its loss; is it, or the gradient, not finite? Then the weights are as before
+    )->tuple[Tensor, Tensor]: # Its loss; True if that or the gradient isn't finite, and the weights are as before
         "Everything that happens in a step"
         kind, loss = self.device.type, torch.zeros((), device=self.device)
         scale = self.scaler.scale(torch.ones_like(loss))
         self.opt.zero_grad()
-        self.scaler._per_optimizer_states.clear() # of a step that failed
+        self.scaler._per_optimizer_states.clear() # what a failed step left
         with torch.autocast(kind, enabled=False):
             for x in x_0.chunk(self.pieces):
                 with torch.autocast(kind, self.dtype, enabled=self.dtype is not None):
@@ -348,7 +348,7 @@ class TrainStep:
             self.scaler.unscale_(self.opt)
             if self.max_norm: nn.utils.clip_grad_norm_(self.params, self.max_norm)
             self.adam()
-            self.scaler.update() # which halves the scale where the gradient wasn't finite
+            self.scaler.update() # halves the scale if the gradient wasn't finite
             if self.avg is not None: self.average()
             self.opt.zero_grad()
             return loss, ~loss.isfinite() | (self.scaler.scale(torch.ones_like(loss)) < scale) & (scale <= 1)
@@ -364,7 +364,7 @@ class TrainStep:
 
     @torch.no_grad()
     def average(self):
-        "What `AveragedModel.update_parameters` does, without a look at the count"
+        "What `AveragedModel.update_parameters` does, without asking for the count"
         ps, n = ([p.detach() for p in o.parameters()] for o in (self.avg.module, self.model)), self.avg.n_averaged
         self.avg.multi_avg_fn(*ps, n)
         n.add_(1)
@@ -372,12 +372,12 @@ class TrainStep:
 # %% ../../nbs/kit/fast.ipynb #graph010
 def graphed(diffusion):
     "The same `diffusion`, which on a CUDA device evaluates its network by a graph"
-    if diffusion.device.type == 'cuda' and 'denoise' not in vars(diffusion): # no other process has a share in it
+    if diffusion.device.type == 'cuda' and 'denoise' not in vars(diffusion): # unless several processes share it
         diffusion.denoise = Captured(diffusion.denoise, model=diffusion)
     return diffusion
 
 # %% ../../nbs/kit/fast.ipynb #08dd2be2
-def keep_freed_memory()->bool: # Was there a setting to make?
+def keep_freed_memory()->bool: # Is there a glibc, and did it take the settings?
     "Have glibc keep freed memory for the next allocation (its M_MMAP_THRESHOLD and M_TRIM_THRESHOLD)"
     try: mallopt = ctypes.CDLL('libc.so.6').mallopt
     except (OSError, AttributeError): return False
@@ -385,7 +385,7 @@ def keep_freed_memory()->bool: # Was there a setting to make?
 
 # %% ../../nbs/kit/fast.ipynb #b85a21fb
 def check_compile(device, **kwargs):
-    "Refuse to compile where the machine has no compiler that works"
+    "Refuse to compile if the machine has no compiler that works"
     try: torch.compile(torch.sin, **kwargs)(torch.ones(8, device=device))
     except Exception as e:
         why = str(e).splitlines()[0][:100]

@@ -20,7 +20,7 @@ from .checks import *
 
 # %% ../../nbs/kit/plots.ipynb #plots001
 class Picture(Figure):
-    "A figure that Jupyter shows, whether `pyplot` was used or not"
+    "A figure that Jupyter shows, whether you use `pyplot` or not"
     def __init__(self,
         width:float, # In inches
         height:float, # In inches
@@ -101,7 +101,7 @@ def forward_strip(diffusion:Diffusion, x_0:Tensor)->Tensor:
     return torch.stack([diffusion.q_sample(x_0, t, noise) for t in times])
 
 def backward_strip(diffusion:Diffusion, x_T:Tensor)->Tensor:
-    "x_t (5, n, c, h, w) at five times of the reverse process, from `x_T` (n, c, h, w) at 99 % of T on (Fig. 5)"
+    "x_t (5, n, c, h, w) at five times of the way back from `x_T` (n, c, h, w), which is at 99 % of T (Fig. 5)"
     keep, noise_like = part_times(diffusion.num_timesteps), lambda x: diffusion.noise_like(x.shape, x.device)
     steps, seen = ancestral(diffusion.denoise, diffusion.schedule, x_T, noise_like, start=keep[-1]), {keep[-1]: x_T}
     for i, x, _ in steps: seen[max(i - 1, 0)] = x
@@ -113,7 +113,7 @@ def show_strip(
     times, # Label of each time
     size:float=1., # Width of an image, in inches
 )->Figure: # The figure, a column for each time
-    "A process at several times, one image a row"
+    "A process at several times, one row for each image"
     xs = unnormalize_to_zero_to_one(xs.clamp(-1, 1)).cpu()
     fig = Picture(len(xs)*size, xs.shape[1]*size + .3)
     axes = fig.subplots(xs.shape[1], len(xs), squeeze=False, subplot_kw=dict(xticks=[], yticks=[])).T

@@ -18,7 +18,7 @@ from .checks import *
 
 # %% ../../nbs/kit/processes.ipynb #2b01a66e
 def best_device(device=None)->torch.device:
-    "The `device` of that name, or else the first that is there of a CUDA GPU, an Apple GPU, the CPU"
+    "The `device` of that name; by default a CUDA GPU, else an Apple GPU, else the CPU"
     gpu = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try: return torch.empty(0, device=gpu if device is None else device).device
     except (RuntimeError, AssertionError, TypeError) as e:
@@ -58,11 +58,11 @@ def world()->int: # At least 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 def rank()->int: # From 0 to `world() - 1`
-    "The number of this process; number 0 is the one that writes"
+    "The number of this process; number 0 writes"
     return dist.get_rank() if world() > 1 else 0
 
 def join_processes(device=None)->torch.device:
-    "Join the processes that a launcher has started, if there is one; the device of this one"
+    "Join the processes that a launcher has started, if any, and return this one's device"
     n = os.environ.get('WORLD_SIZE', '1')
     if n == '1': return best_device(device)
     if 'RANK' not in os.environ or not n.isdigit():
@@ -76,27 +76,27 @@ def join_processes(device=None)->torch.device:
 
 # %% ../../nbs/kit/processes.ipynb #6018aa03
 def in_shares(f, *xs:Tensor)->Tensor:
-    "`f` of whole batches, the same in every process: each evaluates its share, all get the whole"
+    "`f(*xs)` of whole batches, the same in every process: each evaluates its share and gets the whole"
     if world() == 1: return f(*xs)
     from accelerate.utils import gather
     n, i = len(xs[0]), my_share(len(xs[0]))
     return gather(f(*(x[i] for x in xs)))[:n]
 
 def my_share(n:int)->list:
-    "Which indices of a batch of `n` this process takes; as many for each process"
+    "The indices of a batch of `n` that this process takes, equally many for each process"
     size = -(-n//world())
     return [i % n for i in range(rank()*size, (rank() + 1)*size)]
 
 # %% ../../nbs/kit/processes.ipynb #0eb78cda
 def shared(diffusion):
-    "The same `diffusion`, each process evaluating its share of `denoise`"
+    "The same `diffusion`, of whose `denoise` each process evaluates its share"
     def denoise(self, x, t): return in_shares(lambda x, t: type(self).denoise(self, x, t), x, t)
     if world() > 1 and 'denoise' not in vars(diffusion): diffusion.denoise = MethodType(denoise, diffusion)
     return diffusion
 
 # %% ../../nbs/kit/processes.ipynb #2fb9cc1e
 def everywhere(yes:bool)->bool:
-    "Is it so in every process?"
+    "Is `yes` true in every process?"
     if world() == 1: return yes
     from accelerate.utils import gather_object
     return all(gather_object([yes]))

@@ -45,7 +45,7 @@ class StepLoss(RunCallback):
         self.rows.append([self.learn.ddpm.steps, loss.item() if loss.device.type == 'cpu' else loss, ''])
     def after_batch(self):
         losses = self.learn.recorder.losses
-        if losses[-1].device.type == 'cpu': losses[-1] = float(losses[-1]) # a GPU isn't waited for in a step
+        if losses[-1].device.type == 'cpu': losses[-1] = float(losses[-1]) # don't wait for a GPU in a step
     def after_epoch(self):
         self.learn.recorder.losses = [float(o) for o in self.learn.recorder.losses]
         if self.rows: self.rows[-1][2] = self.learn.recorder.values[-1][1]
@@ -58,7 +58,7 @@ class StepLoss(RunCallback):
 # %% ../../nbs/kit/runs.ipynb #run00013
 class FiniteCallback(RunCallback):
     "Stop at a loss or gradient that isn't finite, or skip the step (@eq-finite)"
-    run_valid, order = False, MixedPrecision.order + 1 # after the gradients are in their own units, of a full step
+    run_valid, order = False, MixedPrecision.order + 1 # after the gradients of a full step are unscaled
     def __init__(self, nonfinite='stop'):
         if nonfinite not in ('stop', 'skip'): refuse(f'nonfinite must be stop or skip, but is {nonfinite!r}')
         self.nonfinite, self.losses, self.notes, self.last, self.skipped = nonfinite, [], [], None, 0
@@ -76,7 +76,7 @@ class FiniteCallback(RunCallback):
             self.learn.loss = torch.zeros_like(self.learn.loss) if self.last is None else self.last
             raise CancelStepException
     def note(self, loss, bad):
-        "Keep what a `TrainStep` says of itself until the epoch's end, for on a GPU an answer takes waiting"
+        "Keep what a `TrainStep` reports until the epoch's end, because on a GPU you'd wait for the answer"
         self.notes.append((loss, self.learn.ddpm.steps + 1, self.learn.opt.hypers[-1]['lr'], bad))
     def after_train(self):
         notes, self.notes = self.notes, []
@@ -84,7 +84,7 @@ class FiniteCallback(RunCallback):
         for (loss, *at, _), bad in zip(notes, bads):
             if bad: self.bad(float(loss), *at)
     def bad(self, loss, step, lr):
-        "Refuse the step, or say that it's left out"
+        "Stop at the step, or say that it's left out"
         what = f"the {'gradient' if math.isfinite(loss) else 'loss'} of step {step} is not finite"
         what += f' (loss {loss:g}, learning rate {lr:g})'
         if self.nonfinite == 'stop':
@@ -104,7 +104,7 @@ class Half(MixedPrecision):
 
 # %% ../../nbs/kit/runs.ipynb #graph102
 class SmoothLoss(AvgSmoothLoss):
-    "fastai's running mean of the loss, kept where the loss is, without what isn't finite"
+    "fastai's running mean of the loss, on the loss's own device and without losses that aren't finite"
     count:int
     val:Tensor
     def accumulate(self, learn):
@@ -114,7 +114,7 @@ class SmoothLoss(AvgSmoothLoss):
         self.val = torch.where(loss.isfinite(), torch.lerp(loss, val, self.beta), val)
 
 def now_and_then(f, seconds=.25):
-    "`f` without arguments, left out where the last call is less than `seconds` ago"
+    "A function that calls `f()`, unless it did so less than `seconds` ago"
     last = [-math.inf]
     def _f():
         if time.monotonic() - last[0] < seconds: return
@@ -124,15 +124,15 @@ def now_and_then(f, seconds=.25):
 
 # %% ../../nbs/kit/runs.ipynb #graph103
 class GraphCallback(Callback):
-    "Take each step of training as a `TrainStep`, on a CUDA device as one graph, where nobody else has a hand in it"
+    "Take each step of training as a `TrainStep`, on a CUDA device as one graph, if nobody else acts in it"
     order, run_valid = 99, False # after all that prepares a batch
     EVENTS = 'after_pred after_loss before_backward after_backward before_step after_cancel_step'.split()
     def __init__(self,
-        loss_func, # Of a learner whose model returns the loss
+        loss_func, # The loss function of a learner whose model returns the loss
     ): self.loss_func, self.step = loss_func, None
 
     def replaced(self)->dict: # Callbacks by name
-        "Those whose work in a step it does"
+        "The callbacks whose work in a step this one can do"
         return {o.name: o for o in self.learn.cbs if o.name in ('finite', 'half', 'gradient_clip', 'ema')}
 
     def can_follow(self)->bool:
@@ -151,7 +151,7 @@ class GraphCallback(Callback):
         for o in self.replaced().values(): o.run_train = not yes
 
     def before_fit(self):
-        self.step = self.learn.pred = self.learn.loss_grad = None # whose graph would tie the weights to another stream
+        self.step = self.learn.pred = self.learn.loss_grad = None # an old graph would tie the weights to another stream
         self.rest(self.can_follow())
         if not self.follows: return
         self.learn.recorder.smooth_loss = SmoothLoss(self.learn.recorder.smooth_loss.beta)
@@ -160,7 +160,7 @@ class GraphCallback(Callback):
         if shown: shown.after_batch = now_and_then(type(shown).after_batch.__get__(shown))
 
     def begin(self, hypers):
-        "Make the step, once all that the fit begins with is in place"
+        "Make the step, once all callbacks have begun the fit"
         half, clip, ema = map(self.replaced().get, ('half', 'gradient_clip', 'ema'))
         scaler = self.learn.scaler if half and half.dtype == torch.float16 else None
         self.step = TrainStep(self.learn.model, self.opt.opt, half and half.dtype, scaler,
@@ -173,7 +173,7 @@ class GraphCallback(Callback):
         if self.step is None: self.begin(hypers)
         if hypers != self.hypers:
             self.rest(False)
-            for o in self.replaced().values(): o('before_batch') # which they have missed
+            for o in self.replaced().values(): o('before_batch') # they missed this one
             return
         self.step.set_lr()
         self.learn.loss, bad = self.take(*self.xb)
@@ -193,7 +193,7 @@ class GraphCallback(Callback):
 
 # %% ../../nbs/kit/runs.ipynb #run00017
 class CheckpointCallback(RunCallback):
-    "Save `model.pt` at the end of each epoch, or where training is asked to stop"
+    "Save `model.pt` at the end of each epoch, and when training is asked to stop"
     order = Recorder.order + 2
     def __init__(self, folder, keep=2):
         self.path, self.keep = Path(folder)/'model.pt', check_int('keep_checkpoints', keep)
@@ -212,25 +212,25 @@ class CheckpointCallback(RunCallback):
         self.done = self.batch + 1
         if hasattr(self.learn, 'step_loss'): self.learn.step_loss.write()
         self.save()
-        everywhere(True) # a launcher ends all processes when the first one ends, and one of them is saving
+        everywhere(True) # wait for the one that saves: a launcher ends all processes as soon as one ends
         raise CancelFitException
     def cut_short(self):
-        "The epoch ends in its midst; call it before validation"
+        "Record that the epoch ends early; call this before validation"
         self.done, self.random = self.batch, random_states(self.learn.diffusion.device)
     def after_epoch(self): self.save()
 
     def save(self,
         path=None, # Another file than `model.pt`
     ):
-        "Write the model, its average and all that training needs to go on; raises `CannotWrite`"
+        "Write the model, its average and all that training needs to continue; raises `CannotWrite`"
         if path is None: self.set_aside()
         d, ema, steps = self.learn.diffusion, getattr(self.learn, 'ema', None), self.learn.ddpm.steps
         save_diffusion(d, path or self.path, steps, ema and ema.avg.module, train=self.state())
         if path is None: self.last = steps
 
     def state(self)->dict: # Tensors and plain values
-        "What training needs to go on"
-        l, batch = self.learn, self.done # batches of the epoch that are done; 0 at its end
+        "What training needs to continue"
+        l, batch = self.learn, self.done # batches done in this epoch; 0 at its end
         return dict(
             epoch=l.epoch + (not batch), batch=batch, bs=self.dls.train.bs, iter=l.train_iter + 1,
             pct=float(l.pct_train + 1/(l.n_iter*l.n_epoch)), opt=plain_values(l.opt.state_dict()),
@@ -240,12 +240,12 @@ class CheckpointCallback(RunCallback):
             rows={k: plain_values(getattr(l, k).rows) for k in ('step_loss', 'fid') if hasattr(l, k)})
 
     def set_aside(self):
-        "Keep the checkpoint of `model.pt` under the name of its step as well, and no more than `keep` in all"
+        "Keep the checkpoint in `model.pt` under the name of its step too, and no more than `keep` in all"
         if rank() or self.last is None or self.keep < 2 or self.last == self.learn.ddpm.steps: return
         old = self.path.with_name(f'model_{self.last}.pt')
         try:
-            if not old.exists(): os.link(self.path, old) # it does where a run went on from it, `model.pt` being damaged
-        except OSError: return # a file system without links, or no file: there is just the newest
+            if not old.exists(): os.link(self.path, old) # it does if a run resumed from it, `model.pt` being damaged
+        except OSError: return # no links on this file system, or no file: then there's only the newest
         for o in older(self.path)[self.keep - 1:]: o.unlink()
 
     def take_up(self):
@@ -266,13 +266,13 @@ class CheckpointCallback(RunCallback):
 
 # %% ../../nbs/kit/runs.ipynb #run00018
 def plain_values(o):
-    "`o` with NumPy's scalars, which schedules leave behind, as Python's numbers"
+    "`o` with Python's numbers in place of NumPy's scalars, which schedules leave behind"
     if isinstance(o, dict): return {k: plain_values(v) for k,v in o.items()}
     if isinstance(o, (list, tuple)): return type(o)(map(plain_values, o))
     return o.item() if isinstance(o, np.generic) else o
 
 def load_optimizer(opt, state):
-    "Put Adam's moments back; raises `ValueError` where they are of other shapes than the weights"
+    "Put Adam's moments back; raises `ValueError` if their shapes aren't those of the weights"
     opt.load_state_dict(state)
     for p,s in opt.opt.state.items():
         shapes = [s[k].shape for k in ('step', 'exp_avg', 'exp_avg_sq')]
@@ -280,13 +280,13 @@ def load_optimizer(opt, state):
 
 # %% ../../nbs/kit/runs.ipynb #run00019
 def older(path:Path)->list:
-    "The checkpoints that are kept beside a run's `model.pt`, the newest first"
+    "The checkpoints beside a run's `model.pt`, the newest first"
     kept = [o for o in path.parent.glob('model_*.pt') if o.stem[6:].isdigit()]
     return sorted(kept, key=lambda o: int(o.stem[6:]), reverse=True)
 
 # %% ../../nbs/kit/runs.ipynb #run00021
 def start_with(learn:Learner, ckpt:dict):
-    "Take up a checkpoint's weights, their average, and the steps, losses and scores so far"
+    "Load a checkpoint's weights, their average, and the steps, losses and scores so far"
     load_weights(learn.diffusion, ckpt['model'])
     if 'ema' in ckpt and hasattr(learn, 'ema'):
         learn.ema.make()
@@ -297,7 +297,7 @@ def start_with(learn:Learner, ckpt:dict):
         if hasattr(learn, k): getattr(learn, k).rows = rows
 
 def go_on(learn:Learner, ckpt:dict)->tuple[int, int]:
-    "Make the next `fit` go on as if it had not stopped; epochs that are done, and batches of the next one"
+    "Make the next `fit` continue the checkpoint's run; returns the epochs done, and the batches done of the next one"
     start_with(learn, ckpt)
     was, bs = ckpt['train'], learn.dls.train.bs
     epoch, batch = (check_int(f'{k} of the checkpoint', was.get(k), 0) for k in ('epoch', 'batch'))
@@ -320,7 +320,7 @@ class GridCallback(RunCallback):
 
 # %% ../../nbs/kit/runs.ipynb #run00026
 class Curves(RunCallback):
-    "Draw `loss.png`, and `fid.png` where there are scores, at most every five seconds, and at the end"
+    "Draw `loss.png`, and `fid.png` if there are scores, at most every five seconds and at the end"
     order = StepLoss.order + 1
     def __init__(self, folder): self.folder = Path(folder)
     def before_fit(self):
@@ -329,18 +329,18 @@ class Curves(RunCallback):
     def after_epoch(self):
         if time.monotonic() > self.drawn + 5: self.after_fit()
     def after_fit(self):
-        if rank() or not (self.folder/'loss.csv').exists(): return # a fit that ended before its first epoch did
+        if rank() or not (self.folder/'loss.csv').exists(): return # the fit ended within its first epoch
         self.drawn = time.monotonic()
         self.save('loss.png', plot_loss(read_losses(self.folder/'loss.csv')))
         if hasattr(self.learn, 'fid'): self.save('fid.png', plot_scores(self.learn.fid.rows))
-        gc.collect() # the parts of a figure refer to each other, and would wait in memory for long
+        gc.collect() # the parts of a figure refer to each other, so they'd stay in memory for long
     def save(self, name, fig):
         with complete(self.folder/name) as f: fig.savefig(f, dpi=150)
         fig.clear()
 
 # %% ../../nbs/kit/runs.ipynb #run00030
 class Epochs(Callback):
-    "Epochs that end at each multiple of `every` steps and at step `total`; one begins at step `start`"
+    "Epochs that end at each multiple of `every` steps and at step `total`; the first begins after step `start`"
     def __init__(self, every, total, per_step, start=0):
         self.every, self.total, self.per_step, self.start = every, total, per_step, start
     def __len__(self): return math.ceil(self.total/self.every) - self.start//self.every
@@ -369,7 +369,7 @@ def stop_by_signal(cb:CheckpointCallback):
 # %% ../../nbs/kit/runs.ipynb #run00034
 @contextmanager
 def saved_elsewhere(learn:Learner):
-    "Where a file can't be written, save the state of training elsewhere and say where"
+    "If a file can't be written, save the state of training elsewhere and say where"
     try: yield
     except CannotWrite as e:
         spare = Path(tempfile.mkdtemp(prefix='ddpm_nb-'))/'model.pt'
@@ -381,12 +381,12 @@ def saved_elsewhere(learn:Learner):
 # %% ../../nbs/kit/runs.ipynb #run00036
 def fit_steps(
     learn:Learner, # A learner of `ddpm_learner` with a `CheckpointCallback`
-    total:int, # Steps in all, those of the checkpoint among them
+    total:int, # Steps in all, including those of the checkpoint
     every:int, # Steps between two milestones
     ckpt:dict=None, # Checkpoint to begin with
-    resume:bool=False, # Go on with it as if training had not stopped?
+    resume:bool=False, # Continue its run? If not, only begin with its weights
 ):
-    "Train to step `total`, and stop where a signal asks for it; raises `Stopped` then"
+    "Train to step `total`; if a signal asks for a stop, raise `Stopped` after the step"
     epoch, batch = go_on(learn, ckpt) if ckpt and resume else (0, 0)
     if ckpt and not resume: start_with(learn, ckpt)
     bs, several = learn.dls.train.bs, getattr(learn, 'gradient_accumulation', None)
@@ -405,7 +405,7 @@ def only_run(folder:Path):
     lock = FileLock(folder/'.lock', timeout=0)
     try: lock.acquire()
     except Timeout:
-        refuse(f"save_folder: a run is under way in '{folder}'. Choose another folder, or wait for its end "
+        refuse(f"save_folder: a run is under way in '{folder}'. Choose another folder, or wait until it ends "
                f'(if there is no such run, remove {lock.lock_file})')
     except (OSError, NotImplementedError): pass # a file system without locks
     try: yield folder
@@ -414,24 +414,23 @@ def only_run(folder:Path):
 # %% ../../nbs/kit/runs.ipynb #run00041
 @contextmanager
 def run_folder(save_folder, load_path=None, resume:bool=False):
-    "Make a run's own folder; an earlier run in it is moved aside, if this one doesn't begin with it or go on with it"
+    "Make a run's own folder, and move an earlier run in it aside unless this one begins with it"
     path = check_path('save_folder', save_folder)
     if rank(): yield path; return
     goes_on = resume or load_path is not None and check_path('load_path', load_path).resolve().parent == path.resolve()
-    try:
+    with on_disk(f"save_folder: '{path}'"):
         if (path/'model.pt').exists() and not goes_on: move_aside(path)
         path.mkdir(parents=True, exist_ok=True)
         (path/'.probe').touch(); (path/'.probe').unlink()
-    except OSError as e: refuse(f"save_folder: can't write to '{path}' ({e.strerror}). Choose another folder")
     with only_run(path): yield path
 
 # %% ../../nbs/kit/runs.ipynb #run00042
 def move_aside(path):
-    "Rename the folder of an earlier run to its name and the first number that is free"
+    "Rename the folder of an earlier run to its name and the first free number"
     if path.resolve() == Path.cwd():
-        refuse(f"save_folder: you stand in '{path}', and it holds a run. Choose another folder, or resume")
+        refuse(f"save_folder: your current folder, '{path}', holds a run. Choose another folder, or resume")
     aside = next(p for i in range(1, 10**6) if not (p := path.with_name(f'{path.name}.{i}')).exists())
-    with only_run(path): pass # no other run is in it; a folder with an open file can't be renamed on Windows
+    with only_run(path): pass # no run is in it now; released, since Windows won't rename a folder with an open file
     path.rename(aside)
     print(f'{path} holds an earlier run, which is now in {aside}')
 
@@ -440,9 +439,9 @@ FREE = {'train_steps', 'save_folder', 'resume', 'logger', 'dataloader_workers', 
         'n_samples', 'keep_checkpoints', 'nonfinite'}
 
 def earlier_run(c:dict, model:Diffusion)->dict:
-    "The last good checkpoint of the run in `save_folder`, if its parameters are those of `train_diffusion`, `c`"
+    "The last good checkpoint of the run in `save_folder`, if that was started with the same parameters, `c`"
     path = check_path('save_folder', c['save_folder'])/'model.pt'
-    if not older(path) and not path.exists(): read_checkpoint(path) # which says so
+    if not older(path) and not path.exists(): read_checkpoint(path) # which says that there's none
     conf = path.with_name('config.json')
     try: was = json.loads(conf.read_text())
     except (OSError, ValueError): refuse(f"resume: {conf} can't be read. Give the folder of a run of ddpm_train")
@@ -453,7 +452,7 @@ def earlier_run(c:dict, model:Diffusion)->dict:
 
 # %% ../../nbs/kit/runs.ipynb #run00046
 def last_good(path:Path, model:Diffusion)->dict:
-    "The newest checkpoint of the run with the `model.pt` at `path` that can be read and fits the model"
+    "The newest checkpoint that can be read and fits the model, of the run whose `model.pt` is at `path`"
     bad = []
     for o in (path, *older(path)):
         try:
@@ -465,7 +464,7 @@ def last_good(path:Path, model:Diffusion)->dict:
     raise bad[0]
 
 def fitting(path, model:Diffusion)->dict:
-    "A checkpoint that is of the model's configuration, and its weights and their average too"
+    "The checkpoint at `path`, if its configuration, its weights and their average fit the model"
     ckpt = read_checkpoint(path)
     same_config(ckpt['config'], config_of(model), path)
     for k in {'model'} | {'ema'} & set(ckpt): check_weights(model, ckpt[k], str(path))
@@ -491,7 +490,7 @@ class WandbNames(Callback):
 
 # %% ../../nbs/kit/runs.ipynb #run00050
 def wandb_mode()->str: # A mode of `wandb.init`
-    "What `WANDB_MODE` says, or online for whoever has logged in, or offline"
+    "What `WANDB_MODE` says; without it online if you have logged in, and offline if not"
     try: known = netrc.netrc().authenticators('api.wandb.ai')
     except (OSError, netrc.NetrcParseError): known = None
     return os.environ.get('WANDB_MODE') or ('online' if known or os.environ.get('WANDB_API_KEY') else 'offline')

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['INCEPTION', 'INCEPTION_SHA256', 'NETWORKS', 'inception_path', 'inception', 'download_inception',
-           'EfficientNetFeatures', 'efficientnet', 'get_network', 'fingerprint', 'Batches', 'reference', 'FIDCallback']
+           'EfficientNetFeatures', 'efficientnet', 'get_network', 'fingerprint', 'Batches', 'reference', 'are_images',
+           'load_samples', 'FIDCallback']
 
 # %% ../../nbs/kit/scores.ipynb #f40d7a2f
-import hashlib, json, platform, sys
+import hashlib, json, platform, sys, zipfile
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 
 from .checks import *
@@ -17,6 +19,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from fastai.learner import Recorder, ValueMetric
 from fastcore.xdg import xdg_cache_home
+from PIL import Image
 from torch import nn, Tensor
 
 from .files import *
@@ -30,7 +33,7 @@ INCEPTION = 'inception-2015-12-05.pt'
 INCEPTION_SHA256 = 'f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4'
 
 def inception_path()->Path: # Where clean-fid keeps Inception's weights
-    "The place where clean-fid looks for its network"
+    "The path at which clean-fid looks for its network"
     return Path('.' if platform.system() == 'Windows' else '/tmp')/INCEPTION
 
 # %% ../../nbs/kit/scores.ipynb #3c433777
@@ -82,7 +85,7 @@ class EfficientNetFeatures(nn.Module):
         return self.net.extract_features((x - 127)/128).mean((2, 3))
 
 # %% ../../nbs/kit/scores.ipynb #40aa7e4e
-def efficientnet()->Network: # Weights from PyPI
+def efficientnet()->Network: # With 1,280 features
     "EfficientNet-Lite0, whose weights are installed with the extra `offline`"
     return Network(EfficientNetFeatures(), 'efficientnet-lite0')
 
@@ -91,7 +94,7 @@ NETWORKS = {'inception': inception, 'efficientnet-lite0': efficientnet}
 def get_network(
     name=None, # A key of `NETWORKS`, a path to Inception's file, or a `Network`; by default the first that is there
 )->Network: # The network
-    "The network of that name; what is chosen without a name is said"
+    "The network of that name; if you don't name one and won't get Inception, a line says so"
     if isinstance(name, Network): return name
     if name is not None and Path(name).name == INCEPTION: return inception(name)
     if name is not None and name not in NETWORKS:
@@ -107,7 +110,7 @@ def fingerprint(
     names:list, # Which of its images
     *more, # What else the features depend on
 )->str: # 20 hexadecimal digits
-    "What tells these images from others: in a zip their checksums, in a folder their sizes and times of change"
+    "A key to these images and no others: in a zip by their checksums, in a folder by size and time of change"
     def of(name):
         if files.zip: return files.zip.getinfo(name).CRC, files.zip.getinfo(name).file_size
         stat = (files.path/name).stat()
@@ -117,12 +120,12 @@ def fingerprint(
 
 # %% ../../nbs/kit/scores.ipynb #b08bef74
 def cached(path):
-    "Features from the cache, or None where there are none, or none that can be read"
+    "Features from the cache, or None if there are none that can be read"
     try: return Features(np.load(path)) if path.is_file() else None
     except (OSError, ValueError, EOFError): return None
 
 def keep(f, path):
-    "Put features into the cache; without a place for it they are simply computed again"
+    "Put features into the cache; if that fails, they'll simply be computed again"
     if rank(): return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +134,7 @@ def keep(f, path):
 
 # %% ../../nbs/kit/scores.ipynb #82b47627
 class Batches:
-    "Batches of the middles of `Images`, in bytes"
+    "Batches of the middles of `Images`, as bytes"
     def __init__(self,
         images:Images, # Pictures of at least `size` pixels
         size:int, # Height and width of the middle, in pixels
@@ -171,6 +174,32 @@ def reference(
     f = net.all(Batches(images, size, net.batch_on(best_device(device)), n), device, progress)
     if net.key: keep(f, path)
     return f
+
+# %% ../../nbs/kit/scores.ipynb #b0000010
+def are_images(path)->bool:
+    "Is `path` a folder or zip of images, and not of a model?"
+    if path is None: return False
+    path = check_path('samples', path)
+    if path.is_dir(): return not any((path/o).exists() for o in ('model.pt', 'model.safetensors'))
+    return path.suffix == '.zip' and zipfile.is_zipfile(path)
+
+def load_samples(path)->Tensor:
+    "Generated images in a folder or zip, all of one size, as they are: uint8, shape (n, 3, size, size)"
+    files = Files(path)
+    sizes = {o: size_of(files, o) for o in files.names}
+    first, (w, h) = next(iter(sizes.items()))
+    if w != h: refuse(f'samples must be square, but {first} is of {w}×{h} pixels')
+    for o,(w2, h2) in sizes.items():
+        if (w2, h2) != (w, h):
+            refuse(f'samples must be of one size, but {first} is of {w}×{h} pixels and {o} of {w2}×{h2}')
+    return Images(files, files.names, w, limit=0).decode_all()
+
+# %% ../../nbs/kit/scores.ipynb #6705517b
+def size_of(files, name):
+    "Width and height of an image file, without decoding it"
+    try:
+        with Image.open(BytesIO(files.read(name)), formats=FORMATS) as im: return im.size
+    except UNREADABLE as e: refuse(f"samples: {name} can't be read ({type(e).__name__})")
 
 # %% ../../nbs/kit/scores.ipynb #1ad7ede9
 class FIDCallback(RunCallback):
