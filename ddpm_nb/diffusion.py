@@ -24,7 +24,7 @@ def step_back(
     z=0., # Standard normal noise, the shape of `x`; 0 for the mean itself
     clamp:bool=True, # Clamp the guess of the image to [-1, 1] (line 6)
 )->tuple[Tensor, Tensor]: # A sample of x_{t-1}, and the guess of x_0
-    "Algorithm 2, lines 5 to 9"
+    "Algorithm 2, lines 4 to 9"
     mean, std, x_0 = p_mean_std(sched, x, t, denoise(x, t), clamp)
     return mean + std*z, x_0
 
@@ -95,7 +95,7 @@ class Diffusion(nn.Module):
         return q_sample(self.schedule, x_0, t, noise)
 
     def p_losses(self, x_0:Tensor, t:Tensor, noise:Tensor=None)->Tensor:
-        "Mean L1 between the noise and the guess of it, arguments as in `q_sample` (@eq-loss; Algorithm 1, line 5)"
+        "Mean L1 between the noise and its guess, arguments as in `q_sample` (@eq-loss; Algorithm 1, lines 5 and 6)"
         if noise is None: noise = self.noise_like(x_0.shape, x_0.device)
         return nn.functional.l1_loss(self.model(self.q_sample(x_0, t, noise), t).float(), noise)
 
@@ -104,7 +104,7 @@ class Diffusion(nn.Module):
         noise:Tensor=None, # Standard normal, the shape of `x_0`; drawn if not given
         t:Tensor=None, # Time indices from 0 to T-1, int64, shape (b,); drawn if not given
     )->Tensor: # The mean L1 loss, a scalar
-        "One draw of the training loss (Algorithm 1, lines 2 to 6)"
+        "One draw of the training loss (Algorithm 1, lines 3 to 6 without the step)"
         want = (self.channels, self.image_size, self.image_size)
         if x_0.shape[1:] != want: raise ValueError(f'images must be of shape {want}, but are of {tuple(x_0.shape[1:])}')
         if t is None: t, noise = self.draw(x_0, noise)

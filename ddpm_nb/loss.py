@@ -74,4 +74,4 @@ def bits_per_dim(
     **kwargs # `noise_like`, `clamp`, `discrete` of `bound_terms`
 )->Tensor: # Bits per dimension of each image, shape (b,); less is better
     "One draw of minus the bound, in bits for each number of the image (Ho et al. 2020, Table 1)"
-    return bound_terms(denoise, sched, x_0, **kwargs).sum(1)*len(x_0)/(math.log(2)*x_0.numel())
+    return bound_terms(denoise, sched, x_0, **kwargs).sum(1)/(math.log(2)*x_0[:1].numel())

@@ -151,7 +151,7 @@ class Unet(nn.Module):
         dim_mults:tuple=(1, 2, 4, 8), # Channels of each level as multiples of `dim`
         channels:int=3, # Channels of the images
         resnet_block_groups:int=8, # Groups of the group normalisation
-        attention:str='all', # Linear attention on 'all' levels or on 'none'; the middle always has full attention
+        attention:str='all', # Linear attention on 'all' levels, else on none; the middle always has full attention
     ):
         super().__init__()
         init_dim, out_dim = init_dim or dim, out_dim or channels
@@ -169,7 +169,7 @@ class Unet(nn.Module):
         self.final = ResBlock(init_dim*2, dim, *args)
         self.out = nn.Conv2d(dim, out_dim, 1)
 
-    def embed(self, emb): return self.time(emb)
+    def embed(self, emb): return self.time(emb) # the fast form makes all scales and shifts here
 
     def forward(self,
         x:Tensor, # Noisy images, shape (b, channels, h, w), h and w multiples of `downsampling`
