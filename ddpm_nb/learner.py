@@ -39,7 +39,8 @@ class DDPMCallback(Callback):
     def __init__(self, seed=2024): self.seed, self.steps, self.fixed = seed, 0, None
     def before_batch(self):
         x_0 = self.x.as_subclass(Tensor)
-        self.learn.xb, self.learn.yb = (x_0,) if self.training else self.held_out(x_0), (x_0,)
+        self.learn.yb = (x_0,)
+        self.learn.xb = (x_0,) if self.training else self.held_out(x_0)
     def after_step(self):
         if not hasattr(self.learn, 'lr_finder'): self.steps += 1
 
@@ -77,24 +78,18 @@ def ema_average(
 
 # %% ../nbs/09_learner.ipynb #53ef672b
 class EMACallback(Callback):
-    "Average the weights over steps; validate and sample with the average"
+    "Average the weights over steps; the learner validates and samples with the average"
     order = 1
-    def __init__(self, decay=0.9995): self.decay, self.avg, self.raw = check_float('ema', decay, 0, 1), None, None
+    def __init__(self, decay=0.9995): self.decay, self.avg = check_float('ema', decay, 0, 1), None
     def make(self):
         "Begin the average with the weights as they are"
         d = self.learn.diffusion
         self.avg = AveragedModel(d, d.device, multi_avg_fn=ema_average(self.decay))
         self.avg.requires_grad_(False).eval()
     def before_fit(self):
-        self.swap_back()
         self.run = not hasattr(self.learn, 'lr_finder')
         if self.run and self.avg is None: self.make()
     def after_step(self): self.avg.update_parameters(self.learn.diffusion)
-    def before_validate(self):
-        if self.avg is not None: self.raw, self.learn.model = self.learn.model, self.avg.module
-    def swap_back(self):
-        if self.raw is not None: self.learn.model, self.raw = self.raw, None
-    after_validate = after_cancel_epoch = after_cancel_fit = swap_back
 
 # %% ../nbs/09_learner.ipynb #e28e35f4
 class DDPMLearner(Learner):
@@ -116,6 +111,11 @@ class DDPMLearner(Learner):
         if bar and first: bar.update(0) # fastprogress starts its clock at 0
         for self.epoch in range(first, self.n_epoch):
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+
+    def _do_epoch_validate(self, *args, **kwargs):
+        trained, self.model = self.model.eval(), self.averaged
+        try: super()._do_epoch_validate(*args, **kwargs)
+        finally: self.model = trained
 
     @property
     def averaged(self)->Diffusion: # With the averaged weights, or with the weights themselves
