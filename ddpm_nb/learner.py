@@ -95,6 +95,7 @@ class EMACallback(Callback):
 class DDPMLearner(Learner):
     "A `Learner` whose model is a `Diffusion`, and that can sample"
     first_epoch = 0
+    model:Diffusion # The average, while it is validated
     def __init__(self,
         dls:DataLoaders, # Images in [-1, 1]
         diffusion:Diffusion, # The model
