@@ -89,3 +89,14 @@ def test_ablation(pics, tmp_path):
     assert (table['FD tells'] == '✓').equals(table['Δ FD'].abs() > 2*table['Δ FD error'])
     again = run('ablation', **params, only=only)
     assert again['table'].FD.tolist() == table.FD.tolist() and 'learn' not in again
+
+
+def test_copies(pics, tmp_path):
+    "A model's samples and the held-out pictures, each with its nearest training picture, in pixels and in features"
+    torch.manual_seed(0)
+    save_pretrained(Diffusion(Unet(8, dim_mults=(1, 2)), image_size=16, timesteps=5), tmp_path/'small')
+    ns = run('copies', data_path=pics, pretrained=tmp_path/'small', n=8, shown=3, device='cpu')
+    assert len(ns['samples']) == len(ns['held']) == 8 and len(ns['train']) == 80
+    assert list(ns['table'].distance) == ['pixels']*2 + ['features']*2
+    copied = dict(ns['pixels'], held=ns['train'][:5].flatten(1))
+    assert ns['nearest'](copied, 'held').values.max() < 1e-3 < ns['table'].least.min()
