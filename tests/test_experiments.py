@@ -1,7 +1,7 @@
 "The experiments, from top to bottom with tiny parameters: what they say at full size comes from the same cells."
 from pathlib import Path
 
-import matplotlib, nbformat, pandas as pd, pytest
+import matplotlib, nbformat, pandas as pd, pytest, torch
 
 from ddpm_nb.diffusion import Diffusion
 from ddpm_nb.kit.files import load_diffusion, save_pretrained
