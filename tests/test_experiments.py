@@ -99,4 +99,4 @@ def test_copies(pics, tmp_path):
     assert len(ns['samples']) == len(ns['held']) == 8 and len(ns['train']) == 80
     assert list(ns['table'].distance) == ['pixels']*2 + ['features']*2
     copied = dict(ns['pixels'], held=ns['train'][:5].flatten(1))
-    assert ns['nearest'](copied, 'held').values.max() < 1e-3 < ns['table'].least.min()
+    assert ns['nearest'](copied, 'held').values.max() < .02 < ns['table'].least.min() # cdist rounds to a hundredth
