@@ -83,6 +83,9 @@ def test_names_that_are_there_twice_are_read(tmp_path):
 def test_splits():
     names = ['x/train/cat/a.jpg', 'x/train/dog/b.jpg', 'x/test/cat/c.jpg', 'x/val/cat/d.jpg', 'x/e.jpg']
     assert splits(names) == dict(train=dict(cat=names[:1], dog=names[1:2]), val=dict(cat=names[2:4]))
+    for train, val in (('train', 'valid'), ('training', 'validation'), ('Train', 'Test')):
+        names = [f'x/{train}/cat/a.jpg', f'x/{val}/cat/b.jpg', 'x/c.jpg']
+        assert splits(names) == dict(train=dict(cat=names[:1]), val=dict(cat=names[1:2]))
     names = ['red/a.jpg', 'blue/b.jpg', 'c.jpg']
     assert splits(names)['train'] == {'red': names[:1], 'blue': names[1:2], '': names[2:]}
 
@@ -96,7 +99,8 @@ def test_domains_are_picked_and_refused():
     with pytest.raises(BadInput, match='only one image. Give at least two'): pick_names(['a.jpg'], 'all')
 
 
-@pytest.mark.parametrize('names', [['a.jpg', 'b.jpg'], ['train/a.jpg', 'train/b.jpg', 'val/c.jpg'], ['x/train/a.jpg', 'x/train/b.jpg']])
+@pytest.mark.parametrize('names', [['a.jpg', 'b.jpg'], ['train/a.jpg', 'train/b.jpg', 'val/c.jpg'],
+                                   ['x/train/a.jpg', 'x/train/b.jpg']])
 def test_without_folders_of_domains_all_pictures_are_taken(names):
     assert pick_names(names) == pick_names(names, 'all') == pick_names(names, 'dog')
     with pytest.raises(BadInput, match="^data_class must be one of all, dog, but is 'cat'$"):

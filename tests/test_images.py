@@ -99,3 +99,56 @@ def test_shrinking_averages():
     board = np.indices((140, 140)).sum(0) % 2*255
     x = decode(png(Image.fromarray(board.astype(np.uint8))), 35).astype(int)
     assert abs(x[:, 2:-2, 2:-2] - 127.5).max() < 10
+
+
+def grey(x): return Image.fromarray(np.asarray(x))
+
+
+@pytest.mark.parametrize('deep, top', [
+    (rng.rand(8, 8).astype(np.float32), 1), (rng.rand(8, 8).astype(np.float32)*255, 255),
+    (rng.randint(0, 256, (8, 8)).astype(np.int32), 255), (rng.randint(0, 1024, (8, 8)).astype(np.uint16), 1023),
+    (rng.randint(0, 4096, (8, 8)).astype(np.uint16), 4095), (rng.randint(0, 16384, (8, 8)).astype(np.int32), 16383),
+    (rng.randint(0, 65536, (8, 8)).astype(np.int32), 65535), (rng.rand(8, 8).astype(np.float32)*65535, 65535)])
+@pytest.mark.parametrize('ext', ['tiff', 'png'])
+def test_deep_pictures_keep_their_brightness(deep, top, ext):
+    if ext == 'png' and deep.dtype != np.uint16: pytest.skip('no such PNG')
+    deep[0, 0] = top
+    f = io.BytesIO()
+    grey(deep).save(f, ext)
+    got = decode(f.getvalue(), 8).astype(float)
+    assert np.abs(got - deep*(255/top)).max() <= 1
+
+
+@pytest.mark.parametrize('values', [[-1., 1.], [0., 1e9], [np.nan, 1.], [0., np.inf]])
+def test_values_that_are_no_picture_are_refused(values):
+    f = io.BytesIO()
+    grey(np.tile(np.float32(values), (8, 4))).save(f, 'tiff')
+    with pytest.raises(UNREADABLE, match='values from'): decode(f.getvalue(), 8)
+
+
+def test_a_large_jpeg_looks_the_same_unpacked_small():
+    x = np.asarray(RGB.resize((3000, 2000), Image.Resampling.BICUBIC))
+    jpeg, png = io.BytesIO(), io.BytesIO()
+    Image.fromarray(x).save(jpeg, 'jpeg', quality=95); Image.fromarray(x).save(png, 'png')
+    assert np.abs(decode(jpeg.getvalue(), 35).astype(float) - decode(png.getvalue(), 35)).mean() < 3
+
+
+@pytest.mark.parametrize('ext', ['avif', 'heic'])
+def test_pictures_of_phones(tmp_path, ext):
+    if ext == 'heic': pytest.importorskip('pillow_heif')
+    smooth = RGB.resize((4, 4)).resize((40, 40), Image.Resampling.BICUBIC)
+    smooth.save(tmp_path/f'a.{ext}', quality=95)
+    smooth.save(tmp_path/'a.png')
+    a, b = Images(Files(tmp_path), [f'a.{ext}', 'a.png'], 35).x.float()
+    assert (a - b).abs().mean() < 5 < b.std()
+
+
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    for i in range(20): RGB.save(tmp_path/f'{i}.png')
+    for o in ('b.jp2', 'c.jp2', 'd.CR2', 'notes.txt', '.e.jp2'): (tmp_path/o).write_bytes(b'x')
+    image_dls(tmp_path, batch_size=4, device='cpu', progress=True)
+    assert '20 images: 18 to train on, 2 held out; 2 .jp2, 1 .cr2 left out\n' in capsys.readouterr().out
+    alone = tmp_path/'alone'
+    alone.mkdir()
+    (alone/'a.jxl').write_bytes(b'x')
+    with pytest.raises(BadInput, match=r"no image in '.*alone'; 1 \.jxl left out\. Give a folder"): Files(alone)

@@ -354,14 +354,18 @@ class Epochs(Callback):
 # %% ../../nbs/kit/runs.ipynb #run00032
 @contextmanager
 def stop_by_signal(cb:CheckpointCallback):
-    "Let Ctrl-C and SIGTERM ask `cb` for a stop after the step"
-    asked = []
+    "Let Ctrl-C, SIGTERM, and a terminal that goes away (SIGHUP) ask `cb` for a stop after the step"
+    asked, screens, gone = [], [o for o in (1, 2) if os.isatty(o)], getattr(signal, 'SIGHUP', None)
     def ask(sig, frame):
+        if sig == gone: # nobody reads the screen any more, and writing to it would be an error
+            for o in screens: os.dup2(os.open(os.devnull, os.O_WRONLY), o)
         asked.append(time.monotonic())
         if asked[-1] > asked[0] + 1: raise KeyboardInterrupt
         cb.stop = sig
     mine = threading.current_thread() is threading.main_thread()
-    old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)} if mine else {}
+    kinds = [signal.SIGINT, signal.SIGTERM]
+    if gone and signal.getsignal(gone) == signal.SIG_DFL: kinds.append(gone) # nohup has it ignored
+    old = {s: signal.signal(s, ask) for s in kinds} if mine else {}
     try: yield
     finally:
         for s,h in old.items(): signal.signal(s, h)
