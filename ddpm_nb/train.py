@@ -36,14 +36,15 @@ from .kit.samples import *
 _all_ = ['sample_diffusion', 'ddpm_sample']
 
 # %% ../nbs/11_train.ipynb #b24177f8
+@remembers
 def train_diffusion(
     train_steps:int=1000, # Optimizer steps in all; each sees two batches
     save_and_sample_every:int=100, # Steps between two milestones: held-out loss, samples, checkpoint
     fid:bool=False, # Score samples at each milestone: fid.csv and fid.png
     save_folder:str='./results', # Folder for everything that the run leaves
     data_path:str=None, # Folder or zip file of images; the built-in faces by default
-    load_path:str=None, # Checkpoint to begin with: weights, their average, count of steps; the optimizer is new
-    resume:bool=False, # Go on with the run in save_folder as if it had never stopped
+    load_path:str=None, # Model to begin with, as for ddpm_sample; a checkpoint brings its average and count of steps
+    resume:bool=False, # Go on with the run in save_folder as if it had never stopped; it knows its other parameters
     unet_dim_mults:ints=(1, 2, 4, 8), # Channels of the U-Net's levels as multiples of unet_dim, such as 1,2,4,8
     image_size:int=32, # Height and width of the images, in pixels
     batch_size:int=32, # Images in a batch
@@ -71,8 +72,7 @@ def train_diffusion(
     check_train(config)
     keep_freed_memory()
     seed_everything(seed)
-    device, model = join_processes(device), new_model(config)
-    ckpt = earlier_run(config, model) if resume else None if load_path is None else fitting(load_path, model)
+    device, (ckpt, model) = join_processes(device), first_model(config)
     if ckpt and ckpt['step'] >= train_steps:
         refuse(f"train_steps must be more than {ckpt['step']}, the steps of the model, but is {train_steps}")
     net = get_network(network) if fid else None
@@ -86,14 +86,17 @@ def train_diffusion(
         scores.append(FIDCallback(real, net, n=fid_samples, seed=seed, sampler=sampler))
     with run_folder(save_folder, load_path, resume) as folder:
         if not rank():
+            if data_path is not None: config['data_path'] = str(check_path('data_path', data_path).absolute())
             with complete(folder/'config.json') as tmp: tmp.write_text(json.dumps(config, indent=2, default=str))
         return run(config, dls, model, folder, scores, ckpt)
 
 # %% ../nbs/11_train.ipynb #c52dad7a
-def new_model(c):
-    "The model that the parameters `c` of `train_diffusion` describe, with random weights"
+def first_model(c):
+    "The checkpoint and the model that a run with the parameters `c` of `train_diffusion` begins with"
+    if c['resume']: return last_good(Path(c['save_folder']).expanduser()/'model.pt', c)
+    if c['load_path'] is not None: return fitting(model_at(c['load_path']))
     net = Unet(c['unet_dim'], dim_mults=c['unet_dim_mults'], attention=c['attention'])
-    return Diffusion(net, image_size=c['image_size'], timesteps=c['time_steps'])
+    return None, Diffusion(net, image_size=c['image_size'], timesteps=c['time_steps'])
 
 def check_train(c):
     "Refuse parameters of `train_diffusion` that can't work"
@@ -114,7 +117,7 @@ def run(c, dls, model, folder, scores=(), ckpt=None):
     every, total = c['save_and_sample_every'], c['train_steps']
     for o in scores: o.path = folder/'fid.csv'
     cbs = [StepLoss(folder), CheckpointCallback(folder, c['keep_checkpoints']), Curves(folder),
-           GridCallback(folder, every, c['n_samples'], c['seed']), *scores, *logger_cbs(c['logger'], folder, c)]
+           GridCallback(folder, c['n_samples'], c['seed']), *scores, *logger_cbs(c['logger'], folder, c)]
     learn = ddpm_learner(dls, lr=c['learning_rate'], diffusion=model, nonfinite=c['nonfinite'], cbs=cbs, path=folder)
     precision = precision_on(dls.device, c['precision'])
     if precision in HALF: learn.to_fp16(precision)

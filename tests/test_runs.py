@@ -7,6 +7,7 @@ from fastai.callback.core import Callback, CancelFitException
 from ddpm_nb.diffusion import Diffusion
 from ddpm_nb.kit import runs
 from ddpm_nb.kit.checks import BadInput, Stopped
+from ddpm_nb.kit.commands import ints
 from ddpm_nb.kit.data import image_dls
 from ddpm_nb.kit.files import CannotWrite, read_checkpoint, save_diffusion
 from ddpm_nb.kit.processes import seed_everything
@@ -104,22 +105,55 @@ def test_the_folder_of_a_run(tmp_path, monkeypatch, capsys):
 
 def test_the_checkpoint_of_another_model_or_run(tmp_path):
     d, f = model(), tmp_path/'model.pt'
-    refused(str(f), earlier_run, dict(save_folder=str(tmp_path)), d) # none is there
+    refused(str(f), config_of_run, tmp_path) # none is there
     save_diffusion(d, f, 3, train={})
-    assert fitting(f, d)['step'] == last_good(f, d)['step'] == 3
-    refused(f'{f} is a checkpoint of timesteps 5, but must be one of timesteps 6', fitting, f, model(timesteps=6))
+    assert fitting(f)[0]['step'] == last_good(f, flags_of(d))[0]['step'] == 3
+    refused(f'{f} is of another model than config.json says: time_steps 5, not 6', last_good, f,
+            flags_of(model(timesteps=6)))
     wider = Diffusion(Unet(16, dim_mults=(1, 2)), image_size=16, timesteps=5)
-    refused('is a checkpoint of unet dim 8, unet init_dim 8, but must be one of unet dim 16', fitting, f, wider)
+    refused('than config.json says: unet_dim 8, not 16', last_good, f, flags_of(wider))
     ckpt = read_checkpoint(f)
+    k = next(iter(ckpt['model']))
+    torch.save(ckpt | dict(ema=ckpt['model'] | {k: ckpt['model'][k][None]}), f)
+    refused(f'{f} is of another configuration: 1 tensors do not fit', fitting, f)
     torch.save(ckpt | dict(model={k: v for k,v in ckpt['model'].items() if 'stem' not in k}), f)
-    with pytest.raises(BadInput): last_good(f, d)
+    with pytest.raises(BadInput): last_good(f, flags_of(d))
+    refused("resume: ", config_of_run, tmp_path) # no config.json
+    for bad in '[1]', '3', '{"a', '"b"':
+        (tmp_path/'config.json').write_text(bad)
+        refused("config.json can't be read. Give the folder of a run of ddpm_train", config_of_run, tmp_path)
 
-    conf = dict(save_folder=str(tmp_path), batch_size=8, train_steps=4)
-    save_diffusion(d, f, 3, train={})
-    refused("resume: ", earlier_run, conf, d) # no config.json
+
+@remembers
+def remembering(batch_size=32, learning_rate=1e-3, unet_dim_mults:ints=(1, 2), save_folder='./results', load_path=None,
+                resume=False, train_steps=9, unet_dim=16):
+    return locals()
+
+
+def test_what_a_run_remembers(tmp_path):
+    "What isn't given comes from the run; what makes the run what it is must be what it was, a default too"
+    conf = dict(batch_size=8, learning_rate=.01, unet_dim_mults=[1, 4], save_folder='elsewhere', train_steps=4, old=3)
     (tmp_path/'config.json').write_text(json.dumps(conf))
-    refused('batch_size must be 8, as in the run that you resume, but is 4', earlier_run, conf | dict(batch_size=4), d)
-    assert earlier_run(conf | dict(train_steps=9, save_folder=tmp_path), d)['step'] == 3 # these are free
+    save_diffusion(model(), tmp_path/'model.pt', 3, train={})
+    assert remembering(resume=True, save_folder=tmp_path) == dict(
+        batch_size=8, learning_rate=.01, unet_dim_mults=(1, 4), save_folder=tmp_path, load_path=None, resume=True,
+        train_steps=4, unet_dim=16) # the run doesn't say, and 'old' is no parameter any more
+    now = remembering(8, .01, '1,4', tmp_path, resume=True, train_steps=20)
+    assert now['train_steps'] == 20 and now['unet_dim_mults'] == (1, 4)
+    with pytest.raises(BadInput) as e: remembering(32, .1, '1,2', tmp_path, resume=True, train_steps=20)
+    assert str(e.value) == (
+        'resume: the run has batch_size 8, not 32, learning_rate 0.01, not 0.1, unet_dim_mults (1, 4), not (1, 2). '
+        f'Leave that out, or begin a new run with its weights: load_path {tmp_path}')
+
+
+def test_a_model_brings_its_shape_along(tmp_path):
+    save_diffusion(model(), tmp_path/'model.pt')
+    for path in tmp_path, tmp_path/'model.pt':
+        now = remembering(load_path=path, batch_size=4)
+        assert (now['unet_dim'], now['unet_dim_mults'], now['batch_size']) == (8, (1, 2), 4)
+        assert remembering(load_path=path, unet_dim=8)['unet_dim'] == 8
+        refused('load_path: the model has unet_dim 8, not 16. Leave that out', remembering, load_path=path, unet_dim=16)
+    assert remembering()['unet_dim'] == 16
 
 
 def test_the_last_good_one(tmp_path, capsys):
@@ -129,10 +163,10 @@ def test_the_last_good_one(tmp_path, capsys):
     f = tmp_path/'model.pt'
     assert [o.name for o in older(f)] == ['model_20.pt', 'model_9.pt'] # by number
     f.write_bytes(f.read_bytes()[:1000])
-    assert last_good(f, d)['step'] == 20 and 'going on from' in capsys.readouterr().err
+    assert last_good(f, {})[0]['step'] == 20 and 'going on from' in capsys.readouterr().err
     (tmp_path/'model_20.pt').unlink()
     f.unlink()
-    assert last_good(f, d)['step'] == 9
+    assert last_good(f, {})[0]['step'] == 9
 
 
 @pytest.mark.parametrize('change, says', [
@@ -155,7 +189,7 @@ def test_a_state_of_training_that_does_not_fit(pics, tmp_path, change, says):
 def test_no_state_of_training(pics, tmp_path):
     learn = tiny(pics, tmp_path/'run')
     save_diffusion(learn.diffusion, tmp_path/'model.pt')
-    refused('model.pt has no state of training', last_good, tmp_path/'model.pt', learn.diffusion)
+    refused('model.pt has no state of training', last_good, tmp_path/'model.pt', {})
 
 
 def test_start_with_takes_weights_average_and_count(pics, tmp_path):
@@ -241,7 +275,7 @@ def test_no_tensor_stays_of_an_epochs_steps(pics, tmp_path):
 
 
 def test_nothing_is_left_by_the_search_for_a_learning_rate(pics, tmp_path):
-    learn = tiny(pics, tmp_path/'run', [GridCallback(tmp_path/'run', 2, n=2), Curves(tmp_path/'run')])
+    learn = tiny(pics, tmp_path/'run', [GridCallback(tmp_path/'run', n=2), Curves(tmp_path/'run')])
     learn.path = tmp_path
     import fastai.callback.schedule
     with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=10, show_plot=False)

@@ -1,10 +1,13 @@
 "The entry points: what they refuse before anything is written, and runs that go on, longer, from damage, or elsewhere."
-import inspect, json, shutil
+import inspect, json, shutil, signal
+from pathlib import Path
 import pytest, torch
 from fastai.callback.core import Callback
 from ddpm_nb import train
-from ddpm_nb.kit.checks import BadInput
-from ddpm_nb.kit.files import CannotWrite, load_diffusion, read_checkpoint
+from ddpm_nb.kit import files
+from ddpm_nb.kit.checks import BadInput, Stopped
+from ddpm_nb.kit.fast import plain
+from ddpm_nb.kit.files import CannotWrite, load_diffusion, read_checkpoint, save_pretrained
 from ddpm_nb.kit.plots import read_losses
 from ddpm_nb.kit.runs import older, only_run
 from ddpm_nb.kit.scores import load_samples
@@ -71,9 +74,9 @@ def test_refusals_of_going_on(again):
     def left(): return sorted(o.name for o in path.parent.iterdir() if o.name != '.lock')
     before = left()
     for kw, says in ((dict(resume=True), 'train_steps must be more than 9, the steps of the model, but is 9'),
-                     (dict(resume=True, batch_size=4), 'batch_size must be 8, as in the run that you resume, but is 4'),
+                     (dict(resume=True, batch_size=4, seed=1), 'the run has batch_size 8, not 4, seed 2024, not 1. Leave that out'),
                      (dict(load_path=path), 'train_steps must be more than 9'),
-                     (dict(load_path=path, time_steps=6), 'of timesteps 5, but must be one of timesteps 6')):
+                     (dict(load_path=path, time_steps=6), 'the model has time_steps 5, not 6. Leave that out')):
         with pytest.raises(BadInput, match=says): train_diffusion(9, 3, **(again | kw))
     with only_run(again['save_folder']), pytest.raises(BadInput, match='a run is under way'):
         train_diffusion(12, 3, resume=True, **again)
@@ -83,6 +86,45 @@ def test_refusals_of_going_on(again):
 def test_a_longer_run_than_was_planned(ran, again):
     for n in (10, 14): train_diffusion(n, 3, resume=True, **again)
     same(again['save_folder'], ran[0]/'14', 'sample_5.png')
+
+
+def test_resume_alone_knows_the_rest(pics, ran, tmp_path, monkeypatch):
+    "Wherever you stand, and wherever the pictures and the run have gone"
+    monkeypatch.chdir(pics.parent)
+    train_diffusion(9, 3, save_folder=tmp_path/'here', **ran[1] | dict(data_path=pics.name))
+    shutil.copytree(tmp_path/'here', tmp_path/'there')
+    monkeypatch.chdir(tmp_path)
+    train_diffusion(14, resume=True, save_folder='here')
+    same(tmp_path/'here', ran[0]/'14', 'sample_5.png')
+    shutil.copytree(pics, tmp_path/'moved')
+    train_diffusion(14, resume=True, save_folder='there/', data_path='moved')
+    same(tmp_path/'there', ran[0]/'14', 'sample_5.png')
+    config = json.loads((tmp_path/'there/config.json').read_text())
+    assert (config['data_path'], config['batch_size'], config['train_steps']) == (str(tmp_path/'moved'), 8, 14)
+
+
+def test_what_may_change_may(ran, again):
+    "A run goes on in another way, to the same weights; its milestones have numbers that go on"
+    train_diffusion(14, 4, resume=True, precision='fp32', device=None, on_bad='skip', n_samples=1, keep_checkpoints=3,
+                    logger='tensorboard', dataloader_workers=0, nonfinite='skip', unet_dim_mults='1,2',
+                    save_folder=again['save_folder'])
+    assert [r[0] for r in read_losses(again['save_folder']/'loss.csv') if r[2]] == [3, 6, 9, 12, 14]
+    left = {o.name for o in again['save_folder'].glob('*_*.p*')}
+    assert left == {f'sample_{i}.png' for i in range(1, 6)} | {'model_9.pt', 'model_12.pt'}
+
+
+def test_other_milestones_in_the_middle_of_one(ran, tmp_path, monkeypatch):
+    class Stop(Callback):
+        def after_step(self): self.learn.checkpoint.stop = {5: signal.SIGTERM}.get(self.learn.ddpm.steps)
+    with monkeypatch.context() as m:
+        m.setattr(train, 'logger_cbs', lambda *args: [Stop()])
+        with pytest.raises(Stopped, match='--resume --save_folder .*run goes on'):
+            train_diffusion(9, 3, save_folder=tmp_path/'run', **ran[1])
+    for every, steps in (2, 7), (50, 9): train_diffusion(steps, every, resume=True, save_folder=tmp_path/'run')
+    rows, whole = (read_losses(o/'loss.csv') for o in (tmp_path/'run', ran[0]/'9'))
+    assert [r[0] for r in rows] == list(range(1, 10)) and [r[0] for r in rows if r[2]] == [3, 6, 7, 9]
+    assert [r[1] for r in rows[:6]] == [r[1] for r in whole[:6]] # the epoch that was begun
+    assert {o.name for o in (tmp_path/'run').glob('sample*')} == {f'sample_{i}.png' for i in (1, 2, 3)}
 
 
 def test_a_damaged_checkpoint_and_a_lost_one(ran, again, capsys):
@@ -121,6 +163,33 @@ def test_a_run_begins_with_a_model(ran, tmp_path):
     learn = train_diffusion(11, 3, load_path=ran[0]/'9/model.pt', save_folder=tmp_path/'new', **ran[1])
     assert learn.ddpm.steps == 11 and [r[0] for r in read_losses(tmp_path/'new/loss.csv')] == list(range(1, 12))
     assert json.loads((tmp_path/'new/config.json').read_text())['load_path'] == str(ran[0]/'9/model.pt')
+
+
+def test_a_run_begins_with_a_model_wherever_it_is(pics, ran, tmp_path, monkeypatch):
+    "The command needs no flags of its architecture"
+    d = load_diffusion(ran[0]/'9', 'cpu')
+    save_pretrained(d, tmp_path/'cats')
+    monkeypatch.setattr(files, 'hf_hub_download', lambda name, file, **kw: {'me/cats': tmp_path/'cats'}[name]/file)
+    monkeypatch.chdir(tmp_path)
+    kw = dict(data_path=pics, batch_size=8, n_samples=1, device='cpu')
+    for path in 'cats', 'cats/model.safetensors', 'me/cats', ran[0]/'9', ran[0]/'9/model.pt':
+        steps = 10 if ran[0] in Path(path).parents else 1 # a checkpoint counts its steps
+        learn = train_diffusion(steps, load_path=path, save_folder='new', learning_rate=1e-30, **kw)
+        assert learn.ddpm.steps == steps and learn.diffusion.num_timesteps == 5
+        want = read_checkpoint(ran[0]/'9/model.pt')['model'] if steps == 10 else d.state_dict()
+        assert all(o.equal(want[k]) for k,o in plain(learn.diffusion).state_dict().items())
+    with pytest.raises(BadInput, match='image_size 16, not 32, time_steps 5, not 50'):
+        train_diffusion(load_path='cats', image_size=32, time_steps=50)
+
+
+def test_the_package_model_becomes_one_of_your_own(pics, tmp_path):
+    learn = train_diffusion(1, load_path='pretrained', data_path=pics, save_folder=tmp_path/'own', batch_size=8,
+                            n_samples=1, device='cpu')
+    assert sum(p.numel() for p in learn.diffusion.model.parameters()) > 2e6 and learn.ddpm.steps == 1
+    config = json.loads((tmp_path/'own/config.json').read_text())
+    assert (config['unet_dim'], config['unet_dim_mults'], config['attention']) == (32, [1, 2, 4], 'none')
+    train_diffusion(2, resume=True, save_folder=tmp_path/'own')
+    load_diffusion(tmp_path/'own', 'cpu')
 
 
 def test_visualize_takes_the_parameters_of_training(ran, tmp_path):

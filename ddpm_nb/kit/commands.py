@@ -7,6 +7,7 @@ __all__ = ['command', 'ints']
 
 # %% ../../nbs/kit/commands.ipynb #93d67487
 import sys
+from argparse import Namespace
 from functools import wraps
 
 import torch.distributed as dist
@@ -16,13 +17,15 @@ from .checks import *
 
 # %% ../../nbs/kit/commands.ipynb #e433bea7
 def read_flags(p, args):
-    "What the parser `p` reads in `args`, a dictionary; flags may be written with `_` or with `-`"
+    "What the parser `p` finds typed in `args`, a dictionary; flags may be written with `_` or with `-`"
     usage = p.format_usage()
     def spell(a):
         flag, eq, v = a.partition('=')
         if not flag.startswith('--') or flag in usage: return a
         return '--' + flag[2:].replace(*('_-' if '_' in flag else '-_')) + eq + v
-    return {k: v for k,v in vars(p.parse_args([spell(a) for a in args])).items() if k not in ('pdb', 'xtra')}
+    no = object()
+    read = p.parse_args([spell(a) for a in args], Namespace(**{a.dest: no for a in p._actions}))
+    return {k: v for k,v in vars(read).items() if v is not no and k not in ('pdb', 'xtra')}
 
 # %% ../../nbs/kit/commands.ipynb #4860ee1e
 def command(

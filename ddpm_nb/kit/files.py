@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEAD', 'CARD', 'to_disk', 'complete', 'write_csv', 'check_model', 'config_of', 'damage', 'save_diffusion',
-           'not_finite', 'read_checkpoint', 'check_weights', 'load_weights', 'build', 'on_hub', 'load_diffusion',
-           'save_pretrained', 'push_to_hub', 'read_pretrained']
+           'not_finite', 'read_checkpoint', 'check_weights', 'load_weights', 'build', 'on_hub', 'model_at',
+           'read_model', 'load_diffusion', 'save_pretrained', 'push_to_hub', 'read_pretrained']
 
 # %% ../../nbs/kit/files.ipynb #65125b9f
 import csv, io, json, os, re, tempfile, zipfile, zlib
@@ -170,6 +170,17 @@ def on_hub(path):
     "Could this name a model on the Hub? Not if its folder is on this machine: then it's a file that's missing"
     return re.fullmatch(r'[\w.-]+/[\w.-]+(?<!\.pt)', path.as_posix()) and not path.exists() and not path.parent.is_dir()
 
+def model_at(path=None)->Path:
+    "The file or folder that `path` means, a parameter as of `load_diffusion`"
+    path = check_path('load_path', files('ddpm_nb')/'weights' if path in (None, 'pretrained') else path)
+    return path/'model.pt' if (path/'model.pt').is_file() else path
+
+def read_model(path:Path, **kwargs)->dict:
+    "What a checkpoint or a model's folder holds: `step`, `model`, `config`, and of a checkpoint the rest"
+    if not (path.is_dir() or path.suffix == '.safetensors' or on_hub(path)): return read_checkpoint(path)
+    config, weights = read_pretrained(path, **kwargs)
+    return dict(step=0, model=weights, config=config)
+
 def load_diffusion(
     path=None, # A checkpoint, the folder of a run or of `save_pretrained`, 'owner/name' on the Hub, or 'pretrained'
     device=None, # Where the model goes; by default the best device
@@ -177,14 +188,9 @@ def load_diffusion(
     **kwargs # For the Hub, such as `revision`, `token`, `cache_dir`, `local_files_only`
 )->Diffusion: # Ready to sample
     "Load a model from a file, a folder or the Hub; by default, or for 'pretrained', the package's cats (CC BY-NC 4.0)"
-    device = best_device(device)
-    path = check_path('load_path', files('ddpm_nb')/'weights' if path in (None, 'pretrained') else path)
-    if (path/'model.pt').is_file(): path = path/'model.pt'
-    if path.is_dir() or on_hub(path): config, weights = read_pretrained(path, **kwargs)
-    else:
-        ckpt = read_checkpoint(path)
-        config, weights = ckpt['config'], ckpt['ema' if ema and 'ema' in ckpt else 'model']
-    d = build(config, weights, path).to(device).eval()
+    device, path = best_device(device), model_at(path)
+    ckpt = read_model(path, **kwargs)
+    d = build(ckpt['config'], ckpt['ema' if ema and 'ema' in ckpt else 'model'], path).to(device).eval()
     fast(d.model)
     return d
 
@@ -237,9 +243,10 @@ def push_to_hub(
 
 # %% ../../nbs/kit/files.ipynb #fbefccba
 def read_pretrained(path:Path, **kwargs)->tuple[dict, dict]:
-    "The configuration and the float32 weights of a model, from a folder of `save_pretrained` or from the Hub"
-    both = 'config.json', 'model.safetensors'
-    try: conf, file = (path/o if path.is_dir() else Path(hf_hub_download(path.as_posix(), o, **kwargs)) for o in both)
+    "The configuration and the float32 weights of a model: a folder of `save_pretrained`, its weights, or on the Hub"
+    both, here = ('config.json', 'model.safetensors'), path
+    if path.suffix == '.safetensors': both, here = ('config.json', path.name), path.parent
+    try: conf, file = (here/o if here.is_dir() else Path(hf_hub_download(here.as_posix(), o, **kwargs)) for o in both)
     except (OSError, ValueError) as e:
         refuse(f'{path} is neither here nor on the Hub, as far as it can be reached ({type(e).__name__})')
     if not file.is_file(): refuse(f'{path} holds no model: neither model.pt nor model.safetensors')

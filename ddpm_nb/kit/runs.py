@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['FREE', 'RunCallback', 'StepLoss', 'FiniteCallback', 'Half', 'GraphCallback', 'CheckpointCallback', 'older',
            'start_with', 'go_on', 'GridCallback', 'Curves', 'Epochs', 'stop_by_signal', 'saved_elsewhere', 'fit_steps',
-           'only_run', 'run_folder', 'earlier_run', 'last_good', 'fitting', 'WandbNames', 'wandb_mode', 'logger_class',
-           'logger_cbs']
+           'only_run', 'run_folder', 'config_of_run', 'flags_of', 'remembers', 'last_good', 'fitting', 'WandbNames',
+           'wandb_mode', 'logger_class', 'logger_cbs']
 
 # %% ../../nbs/kit/runs.ipynb #run00005
 import gc, json, math, netrc, os, signal, sys, tempfile, threading, time
 from contextlib import contextmanager
+from functools import wraps
+from inspect import signature
 from pathlib import Path
 
 from .checks import *
@@ -24,6 +26,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..diffusion import *
+from .commands import *
 from .fast import *
 from .processes import *
 from .files import *
@@ -253,7 +256,7 @@ class CheckpointCallback(RunCallback):
         s, self.going_on, dl, device = self.going_on, None, self.dls.train, self.learn.diffusion.device
         try:
             load_optimizer(self.learn.opt, s['opt'])
-            if s.get('scaler'): self.learn.scaler.load_state_dict(s['scaler'])
+            if s.get('scaler') and hasattr(self.learn, 'scaler'): self.learn.scaler.load_state_dict(s['scaler'])
             dl.rng.setstate(s['data_order'])
             set_random_states(s['random'], device)
             if not s['batch']: return
@@ -296,24 +299,23 @@ def start_with(learn:Learner, ckpt:dict):
     for k,rows in ckpt.get('train', {}).get('rows', {}).items():
         if hasattr(learn, k): getattr(learn, k).rows = rows
 
-def go_on(learn:Learner, ckpt:dict)->tuple[int, int]:
-    "Make the next `fit` continue the checkpoint's run; returns the epochs done, and the batches done of the next one"
+def go_on(learn:Learner, ckpt:dict)->int:
+    "Make the next `fit` continue the checkpoint's run; returns the batches done of its first epoch"
     start_with(learn, ckpt)
     was, bs = ckpt['train'], learn.dls.train.bs
     epoch, batch = (check_int(f'{k} of the checkpoint', was.get(k), 0) for k in ('epoch', 'batch'))
     batch = batch*check_int('bs of the checkpoint', was.get('bs', bs))//bs # another device may take more images at once
     learn.checkpoint.going_on, learn.checkpoint.last, learn.first_epoch = was | dict(batch=batch), ckpt['step'], epoch
-    return epoch, batch
+    return batch
 
 # %% ../../nbs/kit/runs.ipynb #run00025
 class GridCallback(RunCallback):
     "Draw samples at the end of each epoch, and save them as a grid"
     order = Recorder.order + 3
-    def __init__(self, folder, every, n=36, seed=2024):
-        self.folder, self.every, self.n, self.seed = Path(folder), every, n, seed
+    def __init__(self, folder, n=36, seed=2024): self.folder, self.n, self.seed = Path(folder), n, seed
     def after_epoch(self):
         self.learn.images = self.learn.sample(self.n, self.seed)
-        self.learn.grid_path = self.folder/f'sample_{math.ceil(self.learn.ddpm.steps/self.every)}.png'
+        self.learn.grid_path = self.folder/f'sample_{self.learn.epoch + 1}.png'
         if rank(): return
         from torchvision.utils import save_image # importing it takes seconds
         with complete(self.learn.grid_path) as f: save_image(self.learn.images, f, nrow=math.ceil(self.n**.5))
@@ -340,14 +342,14 @@ class Curves(RunCallback):
 
 # %% ../../nbs/kit/runs.ipynb #run00030
 class Epochs(Callback):
-    "Epochs that end at each multiple of `every` steps and at step `total`; the first begins after step `start`"
-    def __init__(self, every, total, per_step, start=0):
-        self.every, self.total, self.per_step, self.start = every, total, per_step, start
-    def __len__(self): return math.ceil(self.total/self.every) - self.start//self.every
+    "Epochs that end at each multiple of `every` steps and at step `total`; `done` are, the first began after `start`"
+    def __init__(self, every, total, per_step, start=0, done=0):
+        self.every, self.total, self.per_step, self.start, self.done = every, total, per_step, start, max(start, done)
+    def __len__(self): return math.ceil(self.total/self.every) - self.done//self.every
     def before_epoch(self):
-        n = min(self.every - self.start % self.every, self.total - self.start)
-        self.dls.train.n = n*self.per_step
-        self.start += n
+        end = min((self.done//self.every + 1)*self.every, self.total)
+        self.dls.train.n = (end - self.start)*self.per_step
+        self.start = self.done = end
     def after_train(self):
         if self.start % self.every: self.learn.checkpoint.cut_short()
 
@@ -391,15 +393,18 @@ def fit_steps(
     resume:bool=False, # Continue its run? If not, only begin with its weights
 ):
     "Train to step `total`; if a signal asks for a stop, raise `Stopped` after the step"
-    epoch, batch = go_on(learn, ckpt) if ckpt and resume else (0, 0)
-    if ckpt and not resume: start_with(learn, ckpt)
-    bs, several = learn.dls.train.bs, getattr(learn, 'gradient_accumulation', None)
-    per_step = several.n_acc if several else bs # images
-    epochs = Epochs(every, total, per_step, learn.ddpm.steps - batch*bs//per_step)
-    with stop_by_signal(learn.checkpoint), saved_elsewhere(learn): learn.fit(epoch + len(epochs), cbs=[epochs])
+    batch, bs, several = 0, learn.dls.train.bs, getattr(learn, 'gradient_accumulation', None)
+    if ckpt and resume: batch = go_on(learn, ckpt)
+    elif ckpt:
+        start_with(learn, ckpt)
+        learn.first_epoch = ckpt['step']//every # milestones are numbered by epochs
+    per_step, done = several.n_acc if several else bs, learn.ddpm.steps # images in a step
+    epochs = Epochs(every, total, per_step, done - batch*bs//per_step, done)
+    with stop_by_signal(learn.checkpoint), saved_elsewhere(learn): learn.fit(learn.first_epoch + len(epochs), cbs=[epochs])
     stop, at = learn.checkpoint.stop, learn.ddpm.steps
     if stop is None or at >= total: return
-    said = f'stopped after step {at} of {total}, which is saved; the same command with --resume goes on'
+    said = f'stopped after step {at} of {total}, which is saved; '
+    said += f'ddpm_train --resume --save_folder {learn.checkpoint.path.parent} goes on'
     raise Stopped(said, 128 + stop)
 
 # %% ../../nbs/kit/runs.ipynb #run00040
@@ -421,7 +426,8 @@ def run_folder(save_folder, load_path=None, resume:bool=False):
     "Make a run's own folder, and move an earlier run in it aside unless this one begins with it"
     path = check_path('save_folder', save_folder)
     if rank(): yield path; return
-    goes_on = resume or load_path is not None and check_path('load_path', load_path).resolve().parent == path.resolve()
+    own = path.resolve(), path.resolve()/'model.pt'
+    goes_on = resume or load_path is not None and check_path('load_path', load_path).resolve() in own
     with on_disk(f"save_folder: '{path}'"):
         if (path/'model.pt').exists() and not goes_on: move_aside(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -439,49 +445,64 @@ def move_aside(path):
     print(f'{path} holds an earlier run, which is now in {aside}')
 
 # %% ../../nbs/kit/runs.ipynb #run00045
-FREE = {'train_steps', 'save_folder', 'resume', 'logger', 'dataloader_workers', 'fid', 'fid_samples', 'network',
-        'n_samples', 'keep_checkpoints', 'nonfinite'}
+FREE = {'train_steps', 'save_and_sample_every', 'save_folder', 'data_path', 'load_path', 'resume', 'logger', 'device',
+        'dataloader_workers', 'fid', 'fid_samples', 'network', 'n_samples', 'keep_checkpoints', 'nonfinite', 'on_bad',
+        'precision', 'compile'}
 
-def earlier_run(c:dict, model:Diffusion)->dict:
-    "The last good checkpoint of the run in `save_folder`, if that was started with the same parameters, `c`"
-    path = check_path('save_folder', c['save_folder'])/'model.pt'
-    if not older(path) and not path.exists(): read_checkpoint(path) # which says that there's none
-    conf = path.with_name('config.json')
-    try: was = json.loads(conf.read_text())
-    except (OSError, ValueError): refuse(f"resume: {conf} can't be read. Give the folder of a run of ddpm_train")
-    now = json.loads(json.dumps(c, default=str))
-    for k in sorted(set(now) - FREE):
-        if was.get(k) != now[k]: refuse(f'{k} must be {was.get(k)!r}, as in the run that you resume, but is {now[k]!r}')
-    return last_good(path, model)
+def config_of_run(folder)->dict:
+    "What the run in `folder` was started with, or was last resumed with"
+    path = check_path('save_folder', folder)
+    if not older(path/'model.pt') and not (path/'model.pt').exists(): read_checkpoint(path/'model.pt') # says so
+    try: return dict(json.loads((path/'config.json').read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError):
+        refuse(f"resume: {path/'config.json'} can't be read. Give the folder of a run of ddpm_train")
+
+def flags_of(d:Diffusion)->dict:
+    "The parameters of `train_diffusion` that make such a model"
+    c = config_of(d)
+    unet = {f'unet_{k}': c['unet'][k] for k in ('dim', 'dim_mults')} | dict(attention=c['unet']['attention'])
+    return unet | dict(image_size=c['image_size'], time_steps=c['timesteps'])
+
+def remembers(f):
+    "Let `f` take what it isn't given from the run that it resumes (`config.json`), or from the model that it loads"
+    known = signature(f).parameters
+    def read(d): return {k: known[k].annotation(v) if known[k].annotation is ints else v for k,v in d.items()}
+    @wraps(f)
+    def _f(*args, **kwargs):
+        given, was = read(signature(f).bind(*args, **kwargs).arguments), {}
+        folder, load_path = (given.get(k, known[k].default) for k in ('save_folder', 'load_path'))
+        if resume := given.get('resume'): was = config_of_run(folder)
+        elif load_path is not None: was = flags_of(fitting(model_at(load_path))[1])
+        was = read({k: v for k,v in was.items() if k in known and k != 'save_folder'})
+        both = [k for k in known if k in given and k in was and k not in FREE]
+        wrong = ', '.join(f'{k} {was[k]!r}, not {given[k]!r}' for k in both if was[k] != given[k])
+        new = f'Leave that out, or begin a new run with its weights: load_path {folder}'
+        if wrong and resume: refuse(f'resume: the run has {wrong}. {new}')
+        if wrong: refuse(f'load_path: the model has {wrong}. Leave that out: a model brings its shape along')
+        return f(**was | given)
+    return _f
 
 # %% ../../nbs/kit/runs.ipynb #run00046
-def last_good(path:Path, model:Diffusion)->dict:
-    "The newest checkpoint that can be read and fits the model, of the run whose `model.pt` is at `path`"
+def last_good(path:Path, c:dict)->tuple[dict, Diffusion]:
+    "The newest good checkpoint of the run with the parameters `c` whose `model.pt` is at `path`, and its model"
     bad = []
     for o in (path, *older(path)):
         try:
-            if 'train' not in (ckpt := fitting(o, model)):
-                refuse(f'{o} has no state of training. Give a checkpoint that ddpm_train wrote')
+            ckpt, d = fitting(o)
+            other = [f'{k} {v}, not {c[k]}' for k,v in flags_of(d).items() if c.get(k, v) != v]
+            if other: refuse(f"{o} is of another model than config.json says: {', '.join(other)}")
+            if 'train' not in ckpt: refuse(f'{o} has no state of training. Give a checkpoint that ddpm_train wrote')
         except BadInput as e: bad.append(e); continue
         if bad: print(f'{bad[0]}; going on from {o}', file=sys.stderr)
-        return ckpt
+        return ckpt, d
     raise bad[0]
 
-def fitting(path, model:Diffusion)->dict:
-    "The checkpoint at `path`, if its configuration, its weights and their average fit the model"
-    ckpt = read_checkpoint(path)
-    same_config(ckpt['config'], config_of(model), path)
-    for k in {'model'} | {'ema'} & set(ckpt): check_weights(model, ckpt[k], str(path))
-    return ckpt
-
-# %% ../../nbs/kit/runs.ipynb #run00056
-def same_config(theirs, mine, path):
-    "Refuse a checkpoint of another configuration, and say what differs"
-    flat = lambda c: {k: v for k,v in c.items() if k != 'unet'} | {f'unet {k}': v for k,v in c.get('unet', {}).items()}
-    a, b = flat(theirs), flat(mine)
-    diff = [k for k in b if a.get(k) != b[k]]
-    is_, must = (', '.join(f'{k} {o.get(k)}' for k in diff) for o in (a, b))
-    if diff: refuse(f'{path} is a checkpoint of {is_}, but must be one of {must}')
+def fitting(path:Path)->tuple[dict, Diffusion]:
+    "What `read_model` finds at `path`, and the model, if configuration, weights and their average fit together"
+    ckpt = read_model(path)
+    d = build(ckpt['config'], ckpt['model'], path)
+    if 'ema' in ckpt: check_weights(d, ckpt['ema'], str(path))
+    return ckpt, d
 
 # %% ../../nbs/kit/runs.ipynb #run00049
 class WandbNames(Callback):
