@@ -400,7 +400,8 @@ def fit_steps(
         learn.first_epoch = ckpt['step']//every # milestones are numbered by epochs
     per_step, done = several.n_acc if several else bs, learn.ddpm.steps # images in a step
     epochs = Epochs(every, total, per_step, done - batch*bs//per_step, done)
-    with stop_by_signal(learn.checkpoint), saved_elsewhere(learn): learn.fit(learn.first_epoch + len(epochs), cbs=[epochs])
+    n_epoch = learn.first_epoch + len(epochs)
+    with stop_by_signal(learn.checkpoint), saved_elsewhere(learn): learn.fit(n_epoch, cbs=[epochs])
     stop, at = learn.checkpoint.stop, learn.ddpm.steps
     if stop is None or at >= total: return
     said = f'stopped after step {at} of {total}, which is saved; '
