@@ -37,7 +37,8 @@ def test_a_terminal_that_goes_away(whole, pics, tmp_path):
     pid, fd = pty.fork() # the child has a terminal of its own
     if not pid:
         os.chdir(tmp_path)
-        start = 'import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); ' \
+        start = 'import signal, sys, traceback; signal.signal(signal.SIGHUP, signal.SIG_DFL); ' \
+                'sys.excepthook = lambda *e: open("error.txt", "w").write("".join(traceback.format_exception(*e))); ' \
                 'from ddpm_nb.train import ddpm_train; ddpm_train()'
         os.execv(sys.executable, [sys.executable, '-c', start, *args])
     os.set_blocking(fd, False)
@@ -46,7 +47,8 @@ def test_a_terminal_that_goes_away(whole, pics, tmp_path):
         except BlockingIOError: pass
         time.sleep(.02)
     os.close(fd)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    code, error = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), tmp_path/'error.txt'
+    assert code == 128 + signal.SIGHUP, error.exists() and error.read_text()
     r = forked('ddpm_train', '--resume', cwd=tmp_path)
     assert r.returncode == 0, r.stderr
     assert (tmp_path/'results/loss.csv').read_bytes() == (whole/'loss.csv').read_bytes()
