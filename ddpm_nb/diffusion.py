@@ -64,7 +64,7 @@ class Diffusion(nn.Module):
     def __init__(self,
         model:nn.Module, # Takes (x_t, t) and returns the noise, the shape of x_t
         *,
-        image_size:int, # Height and width of the images, in pixels
+        image_size:int|tuple, # Height and width of the images in pixels: a number for squares, else a pair
         channels:int=3, # Channels of the images
         timesteps:int=1000, # Number of steps T
         schedule:str='cosine', # Name of the schedule, a key of `SCHEDULES`
@@ -75,6 +75,12 @@ class Diffusion(nn.Module):
 
     @property
     def device(self): return self.schedule.alphas.device
+
+    @property
+    def image_shape(self)->tuple: # (channels, height, width)
+        "Shape of one image"
+        size = self.image_size
+        return self.channels, *(size if isinstance(size, (tuple, list)) else (size, size))
 
     def noise_like(self, shape, device=None)->Tensor:
         "Standard normal noise on the model's device or another: the one source of noise of all methods"
@@ -100,12 +106,12 @@ class Diffusion(nn.Module):
         return nn.functional.l1_loss(self.model(self.q_sample(x_0, t, noise), t).float(), noise)
 
     def forward(self,
-        x_0:Tensor, # Images in [-1, 1], shape (b, channels, image_size, image_size)
+        x_0:Tensor, # Images in [-1, 1], shape (b, channels, height, width)
         noise:Tensor=None, # Standard normal, the shape of `x_0`; drawn if not given
         t:Tensor=None, # Time indices from 0 to T-1, int64, shape (b,); drawn if not given
     )->Tensor: # The mean L1 loss, a scalar
         "One draw of the training loss (Algorithm 1, lines 3 to 6 without the step)"
-        want = (self.channels, self.image_size, self.image_size)
+        want = self.image_shape
         if x_0.shape[1:] != want: raise ValueError(f'images must be of shape {want}, but are of {tuple(x_0.shape[1:])}')
         if t is None: t, noise = self.draw(x_0, noise)
         return self.p_losses(x_0, t, noise)
@@ -137,7 +143,6 @@ class Diffusion(nn.Module):
         batch_size:int=16, # How many images
         sampler=ancestral, # A generator of steps such as `ancestral`
         **kwargs # More arguments of the sampler
-    )->Tensor: # Images in [0, 1], shape (batch_size, channels, image_size, image_size)
+    )->Tensor: # Images in [0, 1], shape (batch_size, channels, height, width)
         "New images out of noise"
-        shape = (batch_size, self.channels, self.image_size, self.image_size)
-        return self.p_sample_loop(self.noise_like(shape), sampler, **kwargs)
+        return self.p_sample_loop(self.noise_like((batch_size, *self.image_shape)), sampler, **kwargs)

@@ -46,7 +46,8 @@ def train_diffusion(
     load_path:str=None, # Model to begin with, as for ddpm_sample; a checkpoint brings its average and count of steps
     resume:bool=False, # Go on with the run in save_folder as if it had never stopped; it knows its other parameters
     unet_dim_mults:ints=(1, 2, 4, 8), # Channels of the U-Net's levels as multiples of unet_dim, such as 1,2,4,8
-    image_size:int=32, # Height and width of the images, in pixels
+    image_size:sizes=32, # Height and width of the images in pixels, such as 32 or 32x64
+    channels:int=3, # 3 for images in colour, 1 for grey
     batch_size:int=32, # Images in a batch
     data_class:str='cat', # Domain of the images: cat, dog, wild, any other folder's name, or all
     time_steps:int=50, # Number of steps T of the diffusion process
@@ -68,7 +69,7 @@ def train_diffusion(
 )->DDPMLearner: # The fastai `Learner`
     "Train a denoising diffusion model on images (the assignment's Tables 2 to 4)"
     config = {k: str(v) if isinstance(v, Path) else v for k,v in locals().items()}
-    config['unet_dim_mults'] = ints(unet_dim_mults)
+    config |= dict(unet_dim_mults=ints(unet_dim_mults), image_size=check_size('image_size', image_size))
     check_train(config)
     keep_freed_memory()
     seed_everything(seed)
@@ -78,7 +79,8 @@ def train_diffusion(
     net = get_network(network) if fid else None
     if compile: check_compile(device)
     dls = image_dls(images_at(data_path, data_class), image_size, batch_size, data_class,
-                    epoch_size=save_and_sample_every*2*batch_size, on_bad=on_bad, device=device, progress=True)
+                    epoch_size=save_and_sample_every*2*batch_size, on_bad=on_bad, device=device, progress=True,
+                    channels=channels)
     scores = []
     if fid:
         real = reference(dls.train_ds, net, image_size, device=device, progress=True)
@@ -95,8 +97,8 @@ def first_model(c):
     "The checkpoint and the model that a run with the parameters `c` of `train_diffusion` begins with"
     if c['resume']: return last_good(Path(c['save_folder']).expanduser()/'model.pt', c)
     if c['load_path'] is not None: return fitting(model_at(c['load_path']))
-    net = Unet(c['unet_dim'], dim_mults=c['unet_dim_mults'], attention=c['attention'])
-    return None, Diffusion(net, image_size=c['image_size'], timesteps=c['time_steps'])
+    net = Unet(c['unet_dim'], dim_mults=c['unet_dim_mults'], channels=c['channels'], attention=c['attention'])
+    return None, Diffusion(net, image_size=c['image_size'], channels=c['channels'], timesteps=c['time_steps'])
 
 def check_train(c):
     "Refuse parameters of `train_diffusion` that can't work"
@@ -106,7 +108,8 @@ def check_train(c):
         check_int(k, c[k])
     check_int('fid_samples', c['fid_samples'], 6); check_int('dataloader_workers', c['dataloader_workers'], 0)
     check_float('learning_rate', c['learning_rate'], above=True)
-    check_model(c['image_size'], dim=c['unet_dim'], dim_mults=c['unet_dim_mults'], attention=c['attention'])
+    check_model(c['image_size'], c['channels'], dim=c['unet_dim'], dim_mults=c['unet_dim_mults'],
+                attention=c['attention'])
     for k,known in dict(on_bad=('error', 'skip'), nonfinite=('stop', 'skip')).items():
         if c[k] not in known: refuse(f"{k} must be {' or '.join(known)}, but is {c[k]!r}")
     precision_on('cpu', c['precision']); logger_class(c['logger'])
@@ -147,7 +150,7 @@ def visualize_diffusion(
     seed_everything(seed)
     folder = check_path('save_folder', save_folder)
     d = load_model(folder/'model.pt' if load_path is None else load_path, device)
-    dls = image_dls(images_at(data_path, data_class), d.image_size, n, data_class, device=d.device)
+    dls = image_dls(images_at(data_path, data_class), d.image_size, n, data_class, device=d.device, channels=d.channels)
     fwd = forward_strip(d, dls.train.one_batch()[0].as_subclass(torch.Tensor))
     times = [f't = {i}' for i in part_times(d.num_timesteps)]
     figs = show_strip(fwd, times), show_strip(backward_strip(d, fwd[-1]), times[::-1])
@@ -178,9 +181,10 @@ def score_samples(
     images = load_samples(samples) if are_images(samples) else None
     d = load_model(samples, device) if images is None else None
     pick_sampler(sampler, steps, timesteps=d.num_timesteps if d else None)
-    net, size = get_network(network), d.image_size if images is None else images.shape[-1]
+    net, (c, h, w) = get_network(network), d.image_shape if images is None else images.shape[1:]
     data = images_at(data_path, data_class)
-    real = reference(data, net, size, data_class, split, view, on_bad=on_bad, device=device, progress=True)
+    real = reference(data, net, (h, w), data_class, split, view, on_bad=on_bad, device=device, progress=True,
+                     channels=c)
     seed_everything(seed)
     if images is None: images = torch.cat(list(passes(d, n, sampler, steps)))
     score = compute_fid(images, real, net, infinity, device, progress=True)

@@ -79,6 +79,10 @@ def test_help_shows_every_flag_with_its_meaning(here, name, flags):
     ('ddpm_train', ['--train_steps', '0'], 'train_steps must be a whole number of at least 1, but is 0'),
     ('ddpm_train', ['--learning_rate', '-1'], 'learning_rate must be a number above 0, but is -1.0'),
     ('ddpm_train', ['--image_size', '30'], 'image_size must be a multiple of 8, but is 30'),
+    ('ddpm_train', ['--image_size', '32x60'], 'image_size must be a multiple of 8, but is (32, 60)'),
+    ('ddpm_train', ['--image_size', '32by64'], "image_size must be a whole number, or height and width such as 32x64"),
+    ('ddpm_train', ['--image_size', '2.5'], "image_size must be a whole number, or height and width such as 32x64"),
+    ('ddpm_train', ['--channels', '4'], 'channels must be 1 or 3, but is 4'),
     ('ddpm_train', ['--unet_dim', '12'], 'dim must be a multiple of 8'),
     ('ddpm_train', ['--unet_dim_mults', 'x'], 'unet_dim_mults'), # argparse's own line
     ('ddpm_train', ['--load_path', 'none.pt'], 'none.pt is not there. Give a checkpoint, such as ./results/model.pt'),

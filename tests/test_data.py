@@ -132,6 +132,26 @@ def test_training_view_crops_each_picture_at_its_own_place_and_flips_half():
     assert len(set(zip(top.tolist(), left.tolist(), flip.tolist()))) == 32
 
 
+def oblong(n=1, h=35, w=71):
+    "As `pattern`, of another shape"
+    x = torch.empty(n, 3, h, w, dtype=torch.uint8)
+    x[:, 0], x[:, 1] = torch.arange(h, dtype=torch.uint8)[:, None], torch.arange(w, dtype=torch.uint8)
+    x[:, 2] = torch.arange(n, dtype=torch.uint8)[:, None, None]
+    return x
+
+
+def test_views_of_oblong_pictures_reach_each_row_and_column():
+    seed_everything(1)
+    x = pixels(train_view(oblong(400), (32, 64)))
+    assert x.shape == (400, 3, 32, 64)
+    top, flip = x[:, 0, 0, 0], x[:, 1, 0, 0] > x[:, 1, 0, -1]
+    left = torch.where(flip, x[:, 1, 0, -1], x[:, 1, 0, 0])
+    assert (x == crop(oblong(400), (32, 64), top, left, flip)).all()
+    assert len(set(zip(top.tolist(), left.tolist(), flip.tolist()))) == 4*8*2
+    assert (pixels(eval_view(oblong(3), (32, 64))) == oblong(3)[..., 1:33, 3:67]).all()
+    assert (pixels(eval_view(oblong(3, 71), [64, 32])) == oblong(3, 71)[..., 3:67, 19:51]).all()
+
+
 def test_crop():
     x = pattern(2, 5)
     got = crop(x, 3, torch.tensor([0, 2]), torch.tensor([1, 0]), torch.tensor([False, True]))
@@ -207,6 +227,52 @@ def test_a_folder_and_its_zip_give_the_same(folder, tmp_path):
         seed_everything(0)
         return image_dls(path, batch_size=8, device='cpu').one_batch()[0]
     assert torch.equal(first(folder), first(tmp_path/'a.zip'))
+
+
+@pytest.fixture(scope='module')
+def wide(tmp_path_factory):
+    "20 pictures of 35×71, of which 2 are held out; grey ones in a folder of their own"
+    path = tmp_path_factory.mktemp('wide')
+    for k in ('rgb', 'grey'): (path/k).mkdir()
+    for i,x in enumerate(oblong(20).permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(x).save(path/f'rgb/{i:02}.png')
+        Image.fromarray(x[..., 1]).save(path/f'grey/{i:02}.png')
+    return path
+
+
+@pytest.mark.parametrize('size', ['32x64', (32, 64), [32, 64], '32×64'])
+@pytest.mark.parametrize('limit', [2**30, 0])
+def test_oblong_pictures_and_grey_ones(wide, size, limit):
+    kw = dict(image_size=size, batch_size=4, device='cpu', limit=limit)
+    dls, grey = image_dls(wide/'rgb', **kw), image_dls(wide/'grey', channels=1, **kw)
+    assert dls.one_batch()[0].shape == (4, 3, 32, 64) and grey.one_batch()[0].shape == (4, 1, 32, 64)
+    both = [pixels(o.valid.one_batch()[0]) for o in (dls, grey)]
+    assert (both[0][:, 0] == oblong()[0, 0, 1:33, 3:67]).all() and (both[1][:, 0] == both[0][:, 1]).all()
+    assert grey.train_ds[0][0].shape == (1, 35, 71)
+
+
+def test_a_square_said_twice_and_colours_made_grey(wide):
+    for o in ('32x32', (32, 32), np.int64(32)): assert image_dls(wide/'rgb', o, 4).one_batch()[0].shape[2:] == (32, 32)
+    x, = image_dls(wide/'rgb', '32x64', 4, channels=1, device='cpu').valid.one_batch()
+    r, g, b = oblong(20)[image_dls(wide/'rgb', '32x64', 4).valid_ds.x[:, 2, 0, 0].long(), :, 1:33, 3:67].unbind(1)
+    assert (pixels(x)[:, 0] - (.299*r + .587*g + .114*b)).abs().max() < 1
+    shown = image_dls(wide/'grey', 16, 4, channels=1).train.decode((x,))[0]
+    assert shown.shape == (2, 3, 32, 64) and 0 <= shown.min() and (shown[:, 0] == shown[:, 2]).all()
+
+
+@pytest.mark.parametrize('size, says', [
+    ((32,), r'\(32,\)'), ((32, 64, 3), r'\(32, 64, 3\)'), ((0, 32), '0'), ('0x32', '0'), ((32, 2.5), '2.5'),
+    ((32, True), 'True'), ('32by64', "'32by64'"), ('x64', "'x64'"), ('-32x64', "'-32x64'"), ('99999x1', '99999'), ('', "''")])
+def test_sizes_that_are_none(wide, size, says):
+    with pytest.raises(BadInput, match=f'^image_size must be a whole number.*, but is {says}$'):
+        image_dls(wide/'rgb', size, 4)
+
+
+@pytest.mark.parametrize('channels', [0, 2, 4, True, '1', None, 1.])
+def test_channels_are_1_or_3(wide, channels, monkeypatch):
+    monkeypatch.setattr(data, 'decode', lambda *a: pytest.fail('it began to decode'))
+    with pytest.raises(BadInput, match=f'^channels must be .*, but is {channels!r}$'):
+        image_dls(wide/'rgb', 32, 4, channels=channels)
 
 
 BAD = dict(image_size=[0, 2.5, True, '32'], batch_size=[0, -1, None], n_valid=[0], epoch_size=[0, 'x'],

@@ -77,6 +77,9 @@ def test_what_was_written_is_verified(small, tmp_path, monkeypatch):
 @pytest.mark.parametrize('line,kw', [
     ('image_size must be a multiple of 8, but is 30', dict(image_size=30)),
     ('image_size must be a whole number from 1 to 16384, but is 32768', dict(image_size=2**15)),
+    ('image_size must be a multiple of 8, but is (32, 60)', dict(image_size=(32, 60))),
+    ('image_size must be a multiple of 8, but is (30, 64)', dict(image_size='30x64')),
+    ('image_size must be a whole number from 1 to 16384, but is 0', dict(image_size=[64, 0])),
     ('timesteps must be a whole number of at least 1, but is 0', dict(timesteps=0)),
     ('channels must be a whole number of at least 1, but is 0', dict(channels=0)),
     ('dim must be a whole number of at least 4, but is 0', dict(dim=0)),
@@ -98,11 +101,31 @@ def test_models_that_cannot_be(line, kw):
 def test_models_that_can_be():
     check_model(32)
     check_model(7, dim_mults=(1,))
+    for o in ((32, 64), [8, 16], '64x32'): check_model(o)
     check_model(64, channels=1, timesteps=1, schedule='linear', dim=4, dim_mults=[3, 1], attention='none', init_dim=8,
                 out_dim=1, resnet_block_groups=4)
 
 
 # Checkpoints
+
+@pytest.mark.parametrize('size, kept, channels', [
+    (16, 16, 1), ((16, 16), 16, 3), ((16, 24), (16, 24), 3), ([24, 16], (24, 16), 1)])
+def test_a_model_of_any_shape_comes_back(tmp_path, size, kept, channels):
+    d = Diffusion(Unet(8, dim_mults=(1, 2), channels=channels), image_size=size, channels=channels, timesteps=2)
+    save_diffusion(d, tmp_path/'model.pt')
+    save_pretrained(d, tmp_path/'folder')
+    conf = json.loads((tmp_path/'folder/config.json').read_text())
+    assert conf['image_size'] == read_checkpoint(tmp_path/'model.pt')['config']['image_size'] \
+        == (kept if kept == 16 else list(kept))
+    for o in ('model.pt', 'folder'):
+        e = load_diffusion(tmp_path/o, 'cpu')
+        assert e.image_size == kept and same(d, e) and e.sample(2).shape == (2, *d.image_shape)
+    h, w = d.image_shape[1:]
+    card = (tmp_path/'folder/README.md').read_text()
+    assert f'{h}×{w} pixels' in card and f'(16, {channels}, {h}, {w})' in card
+    with pytest.raises(ValueError, match=rf'must be of shape \({channels}, {h}, {w}\)'):
+        d(torch.zeros(1, channels, h + 8, w))
+
 
 def test_a_checkpoint_comes_back(small, file):
     ckpt, d = read_checkpoint(file), load_diffusion(file, 'cpu', ema=False)
@@ -142,6 +165,7 @@ def half(c): c['ema']['model.stem.weight'] = c['ema']['model.stem.weight'].half(
 def long(c): c['config'] = c['config'] | dict(timesteps=10**9) # terabytes, if it were built
 def wide(c): c['config'] = c['config'] | dict(unet=c['config']['unet'] | dict(dim=8*10**6))
 def odd(c): c['config'] = c['config'] | dict(image_size=15)
+def cube(c): c['config'] = c['config'] | dict(image_size=[16, 16, 16])
 def gray(c): c['config'] = c['config'] | dict(channels=1)
 
 
@@ -150,7 +174,8 @@ def gray(c): c['config'] = c['config'] | dict(channels=1)
     (text, 'its step is a str'), (half, 'such as model.stem.weight'), (too_many, 'such as model.more'),
     (no_weight, 'of another configuration: 1 tensors do not fit, such as model.stem.weight'),
     (long, 'weights are not for 1000000000 timesteps'), (wide, 'of another configuration'),
-    (odd, 'image_size must be a multiple of 2, but is 15'), (gray, 'two numbers of channels')])
+    (odd, 'image_size must be a multiple of 2, but is 15'), (cube, 'image_size must be a whole number'),
+    (gray, 'two numbers of channels')])
 def test_checkpoints_that_are_none(file, change, says):
     ckpt, bad = read_checkpoint(file), file.with_name('bad.pt')
     change(ckpt)

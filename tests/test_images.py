@@ -4,6 +4,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
 
 from ddpm_nb.kit.checks import BadInput
 from ddpm_nb.kit.data import Files, Images, UNREADABLE, decode, image_dls, to_rgb
@@ -72,6 +73,26 @@ def test_camera_turn_is_followed(tmp_path):
 
 @pytest.mark.parametrize('mode', '1 L P RGB RGBA CMYK YCbCr LAB HSV LA I F'.split())
 def test_every_mode_of_pillow(mode): assert to_rgb(Image.new(mode, (4, 4))).mode == 'RGB'
+
+
+def test_every_mode_and_size_becomes_grey_and_oblong(odd):
+    f = Files(odd)
+    x, rgb = (Images(f, f.names, (20, 30), channels=c).x.float() for c in (1, 3))
+    assert x.shape == (len(f.names), 1, 20, 30)
+    assert (x[:, 0] - (rgb*Tensor([.299, .587, .114]).view(3, 1, 1)).sum(1)).abs().max() < 1
+    deep = decode((odd/'deep.png').read_bytes(), 40, 1) # not black
+    assert np.abs(deep[0] - np.asarray(Image.open(odd/'deep.png'))/257).max() <= 1
+    assert (decode(png(RGB.convert('L')), 40, 1)[0] == np.asarray(RGB.convert('L'))).all()
+
+
+def test_a_large_oblong_jpeg_that_the_camera_turned():
+    x = Image.fromarray(rng.randint(0, 256, (4, 8, 3), dtype=np.uint8)).resize((2000, 1000), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x112] = 6 # to be turned by 90° to the right
+    x.save(f := io.BytesIO(), 'jpeg', quality=95, exif=exif)
+    want = np.asarray(x.rotate(-90, expand=True).resize((50, 100), Image.Resampling.BILINEAR), float)
+    got = decode(f.getvalue(), (100, 50))
+    assert got.shape == (3, 100, 50) and np.abs(got.transpose(1, 2, 0) - want).mean() < 3
 
 
 def png(im, kind='png'):

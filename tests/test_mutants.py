@@ -214,14 +214,14 @@ SURVIVED = { # what: module or notebook, old text, new text, guard
     'divided by 128': (D, 'x.float()/127.5 - 1', 'x.float()/128 - 1', 'training_view'),
     'left in [0, 1]': (D, 'x.float()/127.5 - 1', 'x.float()/255', 'training_view'),
     'one crop place for a batch': (
-        D, 'torch.randint(room, (b,), device=device)', 'torch.randint(room, (1,), device=device).expand(b)',
+        D, 'torch.randint(s - o + 1, (b,), device=device)', 'torch.randint(s - o + 1, (1,), device=device).expand(b)',
         'training_view'),
     'never augmented': (D, 'train_view if train else eval_view', 'eval_view', 'training_view'),
     'validation augmented': (D, 'train_view if train else eval_view', 'train_view', 'validation_view'),
-    'no room for the crop': (D, 'int(1.12*size)', 'int(size)', 'training_view'),
+    'no room for the crop': (D, 'int(1.12*o)', 'int(o)', 'training_view'),
     'nearest shrinking': (D, 'Resampling.BILINEAR', 'Resampling.NEAREST', 'pictures_are_shrunk'),
     'squeezed to a square': (
-        D, 'ImageOps.fit(im, (size, size),', 'im.resize((size, size),', 'pictures_are_shrunk'),
+        D, 'ImageOps.fit(im, (w, h),', 'im.resize((w, h),', 'pictures_are_shrunk'),
     # Algorithm 2 and DDIM
     'no noise in the last two steps': (A, 'noise_like(x) if i else', 'noise_like(x) if i > 1 else', 'chains'),
     'p_sample does not clamp': (

@@ -65,7 +65,26 @@ def test_show_strip_puts_each_time_under_its_label():
         assert np.allclose(axes[i, j].images[0].get_array(), (xs[j, i].permute(1, 2, 0) + 1)/2, atol=1e-6)
 
 
+@pytest.mark.parametrize('c', [1, 3])
+def test_strips_of_oblong_and_grey_pictures(c):
+    xs = torch.linspace(-1, 1, 10).view(5, 2, 1, 1, 1).expand(-1, -1, c, 4, 8)
+    fig = show_strip(xs, list('abcde'))
+    for ax,x in zip(np.array(fig.axes).reshape(2, 5).T.flat, xs.flatten(0, 1)): # in colour, or matplotlib picks its own
+        a = ax.images[0].get_array()
+        assert a.shape == (4, 8, 3) and np.allclose(a, (x[0, 0, 0] + 1)/2, atol=1e-6)
+    assert np.allclose(fig.get_size_inches(), (5, 2*.5 + .3))
+    d = Diffusion(Guess(), image_size=(4, 8), channels=c, timesteps=5)
+    assert backward_strip(d, forward_strip(d, xs[0])[-1]).shape == xs.shape
+
+
 # Grids
+
+def test_a_grid_of_oblong_pictures_has_their_shape():
+    for c in (1, 3):
+        fig = show_grid(torch.rand(6, c, 8, 16), ncols=3, size=1.)
+        assert fig.axes[0].images[0].get_array().shape == (2*10 + 2, 3*18 + 2, 3)
+        assert np.allclose(fig.get_size_inches(), (3, 1))
+
 
 def test_show_grid_row_by_row():
     x = torch.linspace(0, 1, 5).view(5, 1, 1, 1).expand(-1, 3, 4, 4)

@@ -2,6 +2,7 @@
 import hashlib, sys, types
 import pytest, torch
 from fastai.callback.core import Callback
+from PIL import Image
 from ddpm_nb.fid import Features, Network
 from ddpm_nb.kit import scores
 from ddpm_nb.kit.checks import BadInput
@@ -62,6 +63,47 @@ def test_a_network_that_is_not_installed(monkeypatch):
     (dict(data_class='cow'), "data_class must be")])
 def test_references(pics, kw, says):
     with pytest.raises(BadInput, match=says): reference(pics, colour, device='cpu', **kw)
+
+
+def oblong(n=12, h=35, w=71):
+    "Pictures in one colour each"
+    return torch.randint(0, 256, (n, 3, 1, 1), generator=torch.Generator().manual_seed(0)).byte().expand(-1, -1, h, w)
+
+
+def saved(path, x, ext='png', **kwargs):
+    path.mkdir(parents=True)
+    for i,o in enumerate(x): Image.fromarray(o.permute(1, 2, 0).squeeze(2).numpy()).save(path/f'{i:02}.{ext}', **kwargs)
+    return path
+
+
+def test_references_of_any_shape_and_in_grey(tmp_path, monkeypatch):
+    "And each has a place of its own in the cache"
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
+    seen = []
+    net = Network(lambda x: seen.append(x.shape) or x.mean((2, 3))/255, 'kept')
+    path, kinds = saved(tmp_path/'train', oblong()), [('32x64', 3), ((32, 64), 1), ((64, 32), 3), (32, 3), ((32, 32), 1)]
+    for size,c in kinds*2: f = reference(path, net, size, 'all', view='none', device='cpu', channels=c)
+    assert set(seen) == {(12, 3, 299, 299)} and len(seen) == len(list((tmp_path/'cache').rglob('*.npy'))) == 5
+    grey = (oblong()[:, :, 0, 0]*torch.tensor([.299, .587, .114])).sum(1, keepdim=True)/255
+    assert (f.x - grey).abs().max() < 1/255 # `f` is the last, in grey
+    dls = image_dls(path, '32x64', 4, channels=1, device='cpu')
+    a, b = reference(dls.train_ds, net, '32x64', device='cpu'), reference(path, net, '32x64', device='cpu', channels=1)
+    assert len(a) == 11 and torch.equal(a.x, b.x) and len(seen) == 6 # of a run or of its folder, it's the same
+
+
+def test_samples_of_any_shape_and_in_grey(tmp_path):
+    x = torch.randint(0, 256, (6, 3, 24, 40), dtype=torch.uint8)
+    for k,want in dict(rgb=x, grey=x[:, :1], turned=x.rot90(1, (2, 3))).items():
+        exif = Image.Exif()
+        if k == 'turned': exif[0x112] = 6 # the camera's
+        got = load_samples(saved(tmp_path/k, want, exif=exif))
+        assert torch.equal(got, x if k == 'turned' else want)
+        assert colour(got, 'cpu').x.shape == (6, 3)
+    Image.fromarray(x[0].permute(1, 2, 0).numpy()).save(tmp_path/'grey/colour.png')
+    assert load_samples(tmp_path/'grey').shape == (7, 3, 24, 40)
+    saved(tmp_path/'grey/other', x[:1, :, :, :24])
+    with pytest.raises(BadInput, match='samples must be of one size, but 00.png is of 40×24 pixels and other/00.png of 24×24'):
+        load_samples(tmp_path/'grey')
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_else(pics, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest, torch
 from fastai.callback.core import Callback
 from ddpm_nb import train
+from ddpm_nb.fid import Network
 from ddpm_nb.kit import files
 from ddpm_nb.kit.checks import BadInput, Stopped
 from ddpm_nb.kit.fast import plain
@@ -47,6 +48,9 @@ def same(a, b, *files):
     (dict(learning_rate=0), 'learning_rate must be a number above 0'),
     (dict(time_steps=0), 'time_steps must be'), (dict(unet_dim=12), 'dim must be a multiple of 8'),
     (dict(image_size=15), 'image_size must be a multiple of 2, but is 15'),
+    (dict(image_size='16x15'), r'image_size must be a multiple of 2, but is \(16, 15\)'),
+    (dict(image_size='wide'), "image_size must be a whole number, or height and width such as 32x64, but is 'wide'"),
+    (dict(channels=4), 'channels must be 1 or 3, but is 4'), (dict(channels=0), 'channels must be'),
     (dict(attention='some'), 'attention must be one of all, none'),
     (dict(data_class='cow'), "data_class must be .*, but is 'cow'"), (dict(data_path='none'), "data_path: .*none"),
     (dict(save_folder=''), 'save_folder must be a path'),
@@ -67,6 +71,35 @@ def test_refusals_of_training(pics, tmp_path, monkeypatch, kw, says):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput, match=says): train_diffusion(**(dict(train_steps=2, data_path=pics) | SMALL | kw))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('size, kept, channels', [('16x32', [16, 32], 1), ((24, 16), [24, 16], 3)])
+def test_a_run_of_any_shape(pics, tmp_path, size, kept, channels):
+    kw = SMALL | dict(data_path=pics, save_folder=tmp_path, image_size=size, channels=channels)
+    for n in (1, 2): learn = train_diffusion(n, 1, resume=n == 2, **kw)
+    h, w = kept
+    assert learn.ddpm.steps == 2 and learn.images.shape == (4, channels, h, w)
+    conf = json.loads((tmp_path/'config.json').read_text())
+    assert conf['image_size'] == kept == read_checkpoint(tmp_path/'model.pt')['config']['image_size']
+    with pytest.raises(BadInput, match='image_size must be .*, as in the run that you resume, but is 8'):
+        train_diffusion(6, 1, resume=True, **(kw | dict(image_size=8)))
+    with pytest.raises(BadInput, match='channels must be'):
+        train_diffusion(6, 1, resume=True, **(kw | dict(channels=4 - channels)))
+    figs = visualize_diffusion(save_folder=tmp_path/'figs', load_path=tmp_path, data_path=pics, n_samples=2, device='cpu')
+    for ax in figs[0].axes: assert ax.images[0].get_array().shape == (h, w, 3)
+    net = Network(lambda x: x.mean((2, 3))/255, 'colour', key='')
+    s = score_samples(tmp_path, pics, n=6, network=net, device='cpu')
+    assert (s.n, s.n_real) == (6, 40)
+
+
+def test_a_run_from_before_there_were_channels_goes_on(again):
+    conf = again['save_folder']/'config.json'
+    old = {k: v for k,v in json.loads(conf.read_text()).items() if k != 'channels'}
+    conf.write_text(json.dumps(old))
+    assert train_diffusion(10, 3, resume=True, **again).ddpm.steps == 10
+    conf.write_text(json.dumps(old))
+    with pytest.raises(BadInput, match='is a checkpoint of channels 3.* but must be one of channels 1'):
+        train_diffusion(12, 3, resume=True, **again, channels=1)
 
 
 def test_refusals_of_going_on(again):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['THREADS', 'AVIF', 'HEIF', 'EXTS', 'OTHERS', 'UNREADABLE', 'MAX_BYTES', 'FORMATS', 'is_image_name', 'walk', 'Files',
            'splits', 'hold_out', 'pick_names', 'to_8_bits', 'to_rgb', 'decode', 'Images', 'crop', 'with_room',
-           'train_view', 'centre', 'eval_view', 'View', 'ImageDL', 'image_dls']
+           'train_view', 'centre', 'eval_view', 'View', 'ImageDL', 'image_dls', 'images_of', 'OtherDL', 'usable']
 
 # %% ../../nbs/kit/data.ipynb #15915d64
 import math, os, struct, sys, zipfile, zlib
@@ -21,8 +21,9 @@ from .processes import *
 
 import numpy as np, torch
 from fastai.data.core import DataLoaders, TfmdDL
+from fastai.data.load import DataLoader
 from fastai.vision.core import TensorImage
-from fastcore.basics import noop
+from fastcore.basics import chunked, first, noop
 from fasttransform import Transform
 from PIL import features, Image, ImageOps
 from torch import Tensor
@@ -152,30 +153,34 @@ def to_rgb(im:Image.Image)->Image.Image:
 # %% ../../nbs/kit/data.ipynb #728cbda8
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', *['AVIF']*AVIF, *['HEIF']*HEIF)
 
-def decode(data:bytes, size:int)->np.ndarray:
-    "The picture in `data`, uint8 of shape (3, size, size); raises one of `UNREADABLE` if there is none"
+def decode(data:bytes, size, channels:int=3)->np.ndarray:
+    "The picture in `data`, uint8 of shape (channels, height, width); raises one of `UNREADABLE` if there is none"
+    h, w = sides(size)
     with Image.open(BytesIO(data), formats=FORMATS) as im:
         most = Image.MAX_IMAGE_PIXELS or math.inf
         if im.width*im.height > most: raise ValueError(f'{im.width}×{im.height} pixels, more than {most}')
-        im.draft(None, (8*size, 8*size)) # a large JPEG is unpacked at a fraction of its size
+        im.draft(None, (8*max(h, w),)*2) # a large JPEG is unpacked at a fraction of its size
         im = to_rgb(ImageOps.exif_transpose(im))
-    return np.array(ImageOps.fit(im, (size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    im = ImageOps.fit(im, (w, h), Image.Resampling.BILINEAR).convert('L' if channels == 1 else 'RGB')
+    return np.array(im).reshape(h, w, channels).transpose(2, 0, 1)
 
 # %% ../../nbs/kit/data.ipynb #d5c6ea47
 class Images:
-    "Pictures as uint8 tensors of shape (3, size, size), decoded once, or at each use if they'd take over `limit` bytes"
+    "Pictures as uint8 tensors of one shape, decoded once, or at each use if they'd take over `limit` bytes"
     def __init__(self,
         files:Files, # Where they are
         names:list, # Which ones
-        size:int, # Height and width after decoding, in pixels
+        size:int|tuple, # Height and width after decoding, in pixels
         limit:int=2**30, # How many bytes the decoded pictures may take
         on_bad:str='error', # What to do about files we can't read, 'error' or 'skip'
         progress:bool=False, # Show a progress bar?
+        channels:int=3, # 3 for colour, 1 for grey
     ):
         if on_bad not in ('error', 'skip'): refuse(f'on_bad must be error or skip, but is {on_bad!r}')
         Image.init() # load PIL's plugins now, before several threads try to
-        self.files, self.names, self.size, self.on_bad = files, list(names), size, on_bad
-        self.x = self.decode_all(progress) if len(names)*3*size**2 <= limit else None
+        self.files, self.names, self.size, self.channels, self.on_bad = files, list(names), size, channels, on_bad
+        self.shape = channels, *sides(size)
+        self.x = self.decode_all(progress) if len(names)*math.prod(self.shape) <= limit else None
 
     def __len__(self): return len(self.names)
 
@@ -185,9 +190,9 @@ class Images:
         x = self.decode_some([int(o) for o in idxs]) if self.x is None else self.x[idxs]
         return (TensorImage(x[0] if one else x),)
 
-    def decode_one(self, name:str)->np.ndarray|str: # uint8 of shape (3, size, size), or why not
+    def decode_one(self, name:str)->np.ndarray|str: # uint8, shape (channels, height, width), or why not
         "Decode one file, or say what's wrong with it"
-        try: return decode(self.files.read(name), self.size)
+        try: return decode(self.files.read(name), self.size, self.channels)
         except Image.UnidentifiedImageError: return f'{name} (not an image)'
         except UNREADABLE as e: return f"{name} ({str(e).split(' <')[0] or type(e).__name__})"
 
@@ -198,9 +203,9 @@ class Images:
             refuse(f'data_path: {len(bad)} of {n} images are unreadable: {some}. Mend them, or choose on_bad skip')
         if bad: print(f'{len(bad)} of {n} images skipped: {some}', file=sys.stderr)
 
-    def decode_all(self, progress:bool=False)->Tensor: # uint8, shape (n, 3, size, size)
+    def decode_all(self, progress:bool=False)->Tensor: # uint8, shape (n, channels, height, width)
         "Decode all pictures into one tensor, and keep in `names` those we could read"
-        x, bad, good = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8), [], []
+        x, bad, good = torch.empty(len(self), *self.shape, dtype=torch.uint8), [], []
         parts = [self.names[i:i+32] for i in range(0, len(self), 32)] # one by one is slower
         with ThreadPoolExecutor(THREADS) as ex:
             each = (o for part in ex.map(lambda o: list(map(self.decode_one, o)), parts) for o in part)
@@ -213,7 +218,7 @@ class Images:
         self.names = good
         return x[:len(good)]
 
-    def decode_some(self, idxs)->Tensor: # uint8, shape (b, 3, size, size)
+    def decode_some(self, idxs)->Tensor: # uint8, shape (b, channels, height, width)
         "Decode some pictures now; for one that we skip we take the next"
         def one(i):
             for j in range(len(self)):
@@ -223,33 +228,33 @@ class Images:
         with ThreadPoolExecutor(THREADS) as ex: return torch.stack(list(ex.map(one, idxs)))
 
 # %% ../../nbs/kit/data.ipynb #55b0bbb8
-def crop(x:Tensor, size:int, top:Tensor, left:Tensor, flip:Tensor)->Tensor:
-    "Crop each of `x`, (b, c, s, s), from row `top` and column `left`, and mirror it if `flip`, all (b,); channels last"
-    i = torch.arange(size, device=x.device)
+def crop(x:Tensor, size, top:Tensor, left:Tensor, flip:Tensor)->Tensor:
+    "Crop each of `x`, (b, c, h, w), from row `top` and column `left`, and mirror it if `flip`, all (b,); channels last"
+    i, j = (torch.arange(o, device=x.device) for o in sides(size))
     rows = top[:, None] + i
-    cols = left[:, None] + torch.where(flip[:, None], size - 1 - i, i)
+    cols = left[:, None] + torch.where(flip[:, None], j.flip(0), j)
     b = torch.arange(len(x), device=x.device)[:, None, None]
     return x[b, :, rows[:, :, None], cols[:, None]].permute(0, 3, 1, 2)
 
 # %% ../../nbs/kit/data.ipynb #eaca2451
-def with_room(size:int)->int:
-    "How many pixels to decode, so that crops of `size` can vary"
-    return int(1.12*size)
+def with_room(size)->tuple:
+    "How many rows and columns to decode, so that crops of `size` can vary"
+    return tuple(int(1.12*o) for o in sides(size))
 
-def train_view(x:Tensor, size:int)->Tensor:
-    "Crop and flip each picture at random: from uint8 (b, c, s, s) to [-1, 1], shape (b, c, size, size)"
-    room, b, device = x.shape[-1] - size + 1, len(x), x.device
-    top, left = (torch.randint(room, (b,), device=device) for _ in range(2))
+def train_view(x:Tensor, size)->Tensor:
+    "Crop and flip each picture at random: from uint8 (b, c, h, w) to [-1, 1], each of `size`"
+    b, device = len(x), x.device
+    top, left = (torch.randint(s - o + 1, (b,), device=device) for s,o in zip(x.shape[-2:], sides(size)))
     x = crop(x, size, top, left, torch.rand(b, device=device) < .5)
     return x.float()/127.5 - 1
 
-def centre(x:Tensor, size:int)->Tensor:
-    "Cut the middle, (b, c, size, size), out of each picture of `x`, (b, c, s, s); values stay as they are"
-    o = (x.shape[-1] - size)//2
-    return x[..., o:o+size, o:o+size]
+def centre(x:Tensor, size)->Tensor:
+    "Cut the middle, of `size`, out of each picture of `x`, (b, c, h, w); values stay as they are"
+    (h, w), (top, left) = sides(size), ((s - o)//2 for s,o in zip(x.shape[-2:], sides(size)))
+    return x[..., top:top+h, left:left+w]
 
-def eval_view(x:Tensor, size:int)->Tensor:
-    "Crop the middle of each picture: from uint8 (b, c, s, s) to [-1, 1], shape (b, c, size, size)"
+def eval_view(x:Tensor, size)->Tensor:
+    "Crop the middle of each picture: from uint8 (b, c, h, w) to [-1, 1], each of `size`"
     return centre(x, size).contiguous(memory_format=torch.channels_last).float()/127.5 - 1
 
 # %% ../../nbs/kit/data.ipynb #944d4b3c
@@ -257,7 +262,7 @@ class View(Transform):
     "`train_view` or `eval_view` of a batch; `decodes` turns it back into [0, 1] for the screen"
     def __init__(self, size, train): self.size, self.view = size, train_view if train else eval_view
     def encodes(self, x:TensorImage): return TensorImage(self.view(x.as_subclass(Tensor), self.size))
-    def decodes(self, x:TensorImage): return ((x + 1)/2).clamp(0, 1)
+    def decodes(self, x:TensorImage): return ((x + 1)/2).clamp(0, 1).expand(-1, 3, -1, -1)
 
 # %% ../../nbs/kit/data.ipynb #877a3bb2
 class ImageDL(TfmdDL):
@@ -285,7 +290,7 @@ class ImageDL(TfmdDL):
 # %% ../../nbs/kit/data.ipynb #81e4d24f
 def image_dls(
     data_path, # A folder or a zip of images, in AFHQ's layout or any other
-    image_size:int=32, # Height and width of the training images, in pixels
+    image_size:int|tuple=32, # Height and width of the training images, in pixels, such as 32, (32, 64) or '32x64'
     batch_size:int=32, # Images in a batch
     data_class:str='cat', # A domain such as 'cat', or 'all'
     epoch_size:int=None, # Images in an epoch; by default as many as there are
@@ -294,17 +299,56 @@ def image_dls(
     on_bad:str='error', # What to do about images we can't read, 'error' or 'skip'
     device=None, # Where batches go; by default the best device
     progress:bool=False, # Show a progress bar while decoding?
+    channels:int=3, # 3 for colour, 1 for grey
 )->DataLoaders: # fastai `DataLoaders` of images in [-1, 1]; `train_ds` and `valid_ds` are the `Images`
     "Load the images at `data_path` as fastai `DataLoaders` (the assignment's section 7, Dataset)"
-    size, bs = with_room(check_int('image_size', image_size)), check_int('batch_size', batch_size)
+    size, bs = check_size('image_size', image_size), check_int('batch_size', batch_size)
+    if check_int('channels', channels) not in (1, 3): refuse(f'channels must be 1 or 3, but is {channels}')
     n_valid, n = check_int('n_valid', n_valid), None if epoch_size is None else check_int('epoch_size', epoch_size)
     device, files = best_device(device), Files(data_path)
-    train, val = (Images(files, o, size, limit, on_bad, progress) for o in pick_names(files.names, data_class, n_valid))
+    train, val = (Images(files, o, with_room(size), limit, on_bad, progress, channels)
+                  for o in pick_names(files.names, data_class, n_valid))
     if len(train) < bs: refuse(f'batch_size must be at most {len(train)}, the number of training images, but is {bs}')
     if progress and not rank():
         also = f'; {files.left_out()}' if files.others else ''
         print(f'{len(train) + len(val):,} images: {len(train):,} to train on, {len(val):,} held out{also}')
     for o in (train, val): o.x = o.x if o.x is None else o.x.to(device)
-    dls = [ImageDL(train, bs, shuffle=True, drop_last=True, n=n or len(train), after_batch=[View(image_size, True)]),
-           ImageDL(val, max(2*bs, 2**19//image_size**2), after_batch=[View(image_size, False)])]
+    dls = [ImageDL(train, bs, shuffle=True, drop_last=True, n=n or len(train), after_batch=[View(size, True)]),
+           ImageDL(val, max(2*bs, 2**19//math.prod(sides(size))), after_batch=[View(size, False)])]
     return DataLoaders(*dls, path=Path('.'), device=device)
+
+# %% ../../nbs/kit/data.ipynb #loaders2
+def images_of(batch)->Tensor: # Shape (b, c, h, w)
+    "The images of a batch: itself, or what it begins with"
+    x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if isinstance(x, Tensor) and x.ndim == 4: return x.as_subclass(Tensor)
+    got = f'of shape {tuple(x.shape)}' if isinstance(x, Tensor) else f'a {type(x).__name__}'
+    refuse(f'dls must give batches of images, of shape (b, c, h, w), or tuples that begin with them, but give {got}')
+
+class OtherDL(DataLoader):
+    "The images of a loader that isn't fastai's, as fastai wants them"
+    def __init__(self, dl, device=None):
+        super().__init__(dl, device=device)
+        self.own = self.bs = getattr(dl, 'batch_size', None) or len(images_of(first(dl)))
+        try: self.n = len(dl)*self.own
+        except TypeError: refuse('dls must have a length, which loaders of an IterableDataset lack unless it has one')
+
+    def __len__(self): return math.ceil(len(self.dataset)/(self.bs//self.own))
+    def new(self, *args, **kwargs): return OtherDL(self.dataset, self.device) # which shuffles as it always does
+    def create_batches(self, samps):
+        "Yields the images of one or several of its batches, and no labels"
+        for bs in chunked(self.dataset, self.bs//self.own): yield (torch.cat([*map(images_of, bs)]).float(),)
+
+# %% ../../nbs/kit/data.ipynb #loaders4
+def usable(dls:DataLoaders)->tuple[DataLoaders, Tensor]: # With fastai's loaders only, on a device; a batch of images
+    "Take PyTorch's loaders too, and refuse images that aren't in [-1, 1]"
+    known = all(isinstance(o, DataLoader) for o in dls.loaders)
+    batch = dls.one_batch() if known else first(dls.train)
+    x = images_of(batch)
+    lo, hi = x.aminmax()
+    if lo < -1.001 or hi > 1.001 or lo >= 0 and not isinstance(dls.train, ImageDL):
+        refuse(f'dls must give images in [-1, 1], but they are from {lo:.3g} to {hi:.3g}. Load them by image_dls, '
+               'or give loaders of [0, 1] the batch transform Normalize.from_stats([.5]*3, [.5]*3)')
+    device = best_device(getattr(dls, '_device', None))
+    if not known or isinstance(batch, Tensor): dls = DataLoaders(*map(OtherDL, dls.loaders), path=dls.path)
+    return dls.to(device), x

@@ -57,7 +57,7 @@ def write_csv(path, head, rows):
 
 # %% ../../nbs/kit/files.ipynb #cbcb8a78
 def check_model(
-    image_size:int, # Height and width of the images, in pixels
+    image_size:int|tuple, # Height and width of the images, in pixels
     channels:int=3, # Channels of the images
     timesteps:int=50, # Number of steps T
     schedule:str='cosine', # A key of `SCHEDULES`
@@ -69,7 +69,7 @@ def check_model(
     resnet_block_groups:int=8, # Groups of the normalisation
 ):
     "Raise `BadInput` if no `Diffusion` with a `Unet` can be built with these"
-    check_int('image_size', image_size, hi=2**14)
+    image_size = check_size('image_size', image_size)
     groups = check_int('resnet_block_groups', resnet_block_groups)
     for k,v in dict(channels=channels, timesteps=timesteps).items(): check_int(k, v)
     if check_int('dim', dim, 4) % 2: refuse(f'dim must be even, but is {dim}')
@@ -80,7 +80,8 @@ def check_model(
         if check_int(k, v) % groups:
             refuse(f'{k} must be a multiple of {groups}, the groups of the normalisation, but is {v}')
     least = 2**(len(dim_mults) - 1)
-    if image_size % least: refuse(f'image_size must be a multiple of {least}, but is {image_size}')
+    if any(o % least for o in sides(image_size)):
+        refuse(f'image_size must be a multiple of {least}, but is {image_size}')
     if out_dim not in (None, channels): refuse(f'out_dim must be {channels}, as channels are, but is {out_dim!r}')
     for k,v,known in (('schedule', schedule, list(SCHEDULES)), ('attention', attention, ['all', 'none'])):
         if v not in known: refuse(f"{k} must be one of {', '.join(known)}, but is {v!r}")
@@ -90,8 +91,9 @@ def config_of(diffusion:Diffusion)->dict:
     "All you need to build the model again, as plain values; its network is a `Unet`, or another with a `config`"
     d, net = diffusion, diffusion.model
     if not hasattr(net, 'config'): refuse(f'model must have a config, as a Unet does, but is a {type(net).__name__}')
-    return dict(image_size=d.image_size, channels=d.channels, timesteps=d.num_timesteps, schedule=d.schedule_name,
-                unet=net.config)
+    h, w = d.image_shape[1:]
+    return dict(image_size=h if h == w else [h, w], channels=d.channels, timesteps=d.num_timesteps,
+                schedule=d.schedule_name, unet=net.config)
 
 def damage(path)->str:
     "What's wrong with a file of `torch.save`, or '' if each tensor matches its checksum and none is compressed"
@@ -154,6 +156,7 @@ def build(config:dict, weights:dict, path)->Diffusion:
         unet, rest = config['unet'], {k: v for k,v in config.items() if k != 'unet'}
         if unet.get('channels', 3) != rest['channels']: raise ValueError('two numbers of channels')
         check_model(**unet | rest)
+        rest['image_size'] = check_size('image_size', rest['image_size'])
         if getattr(weights.get('schedule.alphas'), 'shape', None) != (rest['timesteps'],):
             raise ValueError(f"its weights are not for {rest['timesteps']} timesteps")
         with torch.device('meta'): net = Unet(**unet)
@@ -201,12 +204,12 @@ HEAD = ModelCardData(library_name='ddpm_nb', license='apache-2.0', tags=['ddpm',
                      pipeline_tag='unconditional-image-generation')
 CARD = """# {name}
 
-A denoising diffusion model with a U-Net, trained by predicting noise: {size}×{size} pixels, {steps} steps.
+A denoising diffusion model with a U-Net, trained by predicting noise: {h}×{w} pixels, {steps} steps.
 
 ```python
 from ddpm_nb.kit.files import load_diffusion
 d = load_diffusion('{name}')
-images = d.sample(16) # in [0, 1], shape (16, {channels}, {size}, {size})
+images = d.sample(16) # in [0, 1], shape (16, {c}, {h}, {w})
 ```
 """
 
@@ -218,12 +221,13 @@ def save_pretrained(
 ):
     "Write `model.safetensors`, `config.json` and `README.md`, each complete or not at all"
     d, folder, config = diffusion, check_path('folder', folder), config_of(diffusion)
+    c, h, w = d.image_shape
     with on_disk(folder): folder.mkdir(parents=True, exist_ok=True)
     weights = to_safetensors({k: v.contiguous() for k,v in d.state_dict().items()})
     with complete(folder/'model.safetensors') as f: f.write_bytes(weights)
     with complete(folder/'config.json') as f: f.write_text(json.dumps(config, indent=2))
     if card is None and (folder/'README.md').exists(): return
-    short = CARD.format(name=name or folder.name, size=d.image_size, steps=d.num_timesteps, channels=d.channels)
+    short = CARD.format(name=name or folder.name, c=c, h=h, w=w, steps=d.num_timesteps)
     with complete(folder/'README.md') as f: f.write_text(card or f'---\n{HEAD}\n---\n\n{short}', encoding='utf-8')
 
 def push_to_hub(

@@ -41,7 +41,8 @@ def show_grid(
     "Images side by side"
     from torchvision.utils import make_grid # importing it takes seconds
     ncols = ncols or math.ceil(len(images)**.5)
-    ax = (fig := Picture(ncols*size, math.ceil(len(images)/ncols)*size + .3*bool(title))).subplots()
+    h, w = images.shape[-2:]
+    ax = (fig := Picture(ncols*size, math.ceil(len(images)/ncols)*size*h/w + .3*bool(title))).subplots()
     ax.imshow(make_grid(images.cpu().float().clamp(0, 1), ncols, pad_value=1.).permute(1, 2, 0))
     ax.set(title=title, xticks=[], yticks=[], frame_on=False)
     return fig
@@ -109,14 +110,15 @@ def backward_strip(diffusion:Diffusion, x_T:Tensor)->Tensor:
 
 # %% ../../nbs/kit/plots.ipynb #f00598b5
 def show_strip(
-    xs:Tensor, # Images in [-1, 1], shape (times, n, c, h, w)
+    xs:Tensor, # Images in [-1, 1], colour or grey, shape (times, n, c, h, w)
     times, # Label of each time
     size:float=1., # Width of an image, in inches
 )->Figure: # The figure, a column for each time
     "A process at several times, one row for each image"
-    xs = unnormalize_to_zero_to_one(xs.clamp(-1, 1)).cpu()
-    fig = Picture(len(xs)*size, xs.shape[1]*size + .3)
-    axes = fig.subplots(xs.shape[1], len(xs), squeeze=False, subplot_kw=dict(xticks=[], yticks=[])).T
+    n, c, h, w = xs.shape[1:]
+    xs = unnormalize_to_zero_to_one(xs.clamp(-1, 1)).cpu().expand(-1, -1, max(3, c), -1, -1)
+    fig = Picture(len(xs)*size, n*size*h/w + .3)
+    axes = fig.subplots(n, len(xs), squeeze=False, subplot_kw=dict(xticks=[], yticks=[])).T
     for col,ims,t in zip(axes, xs, times):
         for ax,im in zip(col, ims): ax.imshow(im.permute(1, 2, 0))
         col[0].set_title(t)

@@ -19,7 +19,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from fastai.learner import Recorder, ValueMetric
 from fastcore.xdg import xdg_cache_home
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import nn, Tensor
 
 from .files import *
@@ -134,21 +134,22 @@ def keep(f, path):
 
 # %% ../../nbs/kit/scores.ipynb #82b47627
 class Batches:
-    "Batches of the middles of `Images`, as bytes"
+    "Batches of the middles of `Images`, as bytes, with three channels"
     def __init__(self,
         images:Images, # Pictures of at least `size` pixels
-        size:int, # Height and width of the middle, in pixels
+        size:int|tuple, # Height and width of the middle, in pixels
         batch_size:int, # Images in a batch
         n:int=None, # How many of them; all by default
     ): self.images, self.size, self.parts = images, size, torch.arange(len(images))[:n].split(batch_size)
     def __len__(self): return len(self.parts)
-    def __iter__(self): return (centre(self.images[i.tolist()][0].as_subclass(Tensor), self.size) for i in self.parts)
+    def __iter__(self):
+        for i in self.parts: yield to_bytes(centre(self.images[i.tolist()][0].as_subclass(Tensor), self.size))
 
 # %% ../../nbs/kit/scores.ipynb #31d2bef7
 def reference(
     data, # A folder or zip file of real images, in AFHQ's layout or any other; or the `Images` that training sees
     net:Network, # The network
-    image_size:int=32, # Height and width of the model's images, in pixels
+    image_size:int|tuple=32, # Height and width of the model's images, in pixels
     data_class:str='cat', # A domain such as 'cat', or 'all'
     split:str='train', # 'train' or 'val'
     view:str='eval', # 'eval' for the view that training knows, 'none' for all images of a folder as they are
@@ -156,21 +157,23 @@ def reference(
     on_bad:str='error', # What to do about unreadable images, 'error' or 'skip'
     device=None, # Where the network runs; the best one by default
     progress:bool=False, # Show progress?
+    channels:int=3, # 3 for a model in colour, 1 for one in grey
 )->Features: # Of the real images
     "The features of real images in the model's view, from the cache if they are there"
     if view not in ('eval', 'none'): refuse(f'view must be eval or none, but is {view!r}')
     if split not in ('train', 'val'): refuse(f'split must be train or val, but is {split!r}')
-    size, images = check_int('image_size', image_size), data if isinstance(data, Images) else None
+    size, images = check_size('image_size', image_size), data if isinstance(data, Images) else None
     files = Files(data) if images is None else images.files
-    if images is not None: names, on_bad = images.names[:n], images.on_bad
+    if images is not None: names, on_bad, channels = images.names[:n], images.on_bad, images.channels
     elif view == 'none': names = files.names[:n]
     else: names = pick_names(files.names, data_class, 10**9)[split == 'val'][:n]
-    key = fingerprint(files, names, size, view, on_bad, net.key, 'v1')
+    key = fingerprint(files, names, size, *['grey']*(channels == 1), view, on_bad, net.key, 'v1')
     path = xdg_cache_home()/'ddpm_nb'/'features'/f'{key}.npy'
     known = cached(path) if net.key else None
     if everywhere(known is not None) and known: return known
     if images is None:
-        images = Images(files, names, with_room(size) if view == 'eval' else size, on_bad=on_bad, progress=progress)
+        room = with_room(size) if view == 'eval' else size
+        images = Images(files, names, room, on_bad=on_bad, progress=progress, channels=channels)
     f = net.all(Batches(images, size, net.batch_on(best_device(device)), n), device, progress)
     if net.key: keep(f, path)
     return f
@@ -184,21 +187,24 @@ def are_images(path)->bool:
     return path.suffix == '.zip' and zipfile.is_zipfile(path)
 
 def load_samples(path)->Tensor:
-    "Generated images in a folder or zip, all of one size, as they are: uint8, shape (n, 3, size, size)"
+    "Generated images in a folder or zip, all of one size, as they are: uint8, shape (n, 1 or 3, height, width)"
     files = Files(path)
-    sizes = {o: size_of(files, o) for o in files.names}
-    first, (w, h) = next(iter(sizes.items()))
-    if w != h: refuse(f'samples must be square, but {first} is of {w}×{h} pixels')
-    for o,(w2, h2) in sizes.items():
-        if (w2, h2) != (w, h):
+    kinds = {o: kind_of(files, o) for o in files.names}
+    first, (size, _) = next(iter(kinds.items()))
+    for o,(other, _) in kinds.items():
+        if other != size:
+            (h, w), (h2, w2) = size, other
             refuse(f'samples must be of one size, but {first} is of {w}×{h} pixels and {o} of {w2}×{h2}')
-    return Images(files, files.names, w, limit=0).decode_all()
+    channels = 1 if all(grey for _,grey in kinds.values()) else 3
+    return Images(files, files.names, size, limit=0, channels=channels).decode_all()
 
 # %% ../../nbs/kit/scores.ipynb #6705517b
-def size_of(files, name):
-    "Width and height of an image file, without decoding it"
+def kind_of(files, name):
+    "Height and width of an image file, and whether it's grey, without decoding it"
     try:
-        with Image.open(BytesIO(files.read(name)), formats=FORMATS) as im: return im.size
+        with Image.open(BytesIO(files.read(name)), formats=FORMATS) as im:
+            turned = im.getexif().get(ExifTags.Base.Orientation, 1) > 4 # by the camera
+            return im.size if turned else im.size[::-1], im.mode.split(';')[0] in ('1', 'L', 'LA', 'I', 'F')
     except UNREADABLE as e: refuse(f"samples: {name} can't be read ({type(e).__name__})")
 
 # %% ../../nbs/kit/scores.ipynb #1ad7ede9
