@@ -27,6 +27,7 @@ from .posterior import *
 from .unet import *
 from .diffusion import *
 from .kit.processes import *
+from .kit.data import usable
 from .kit.files import *
 from .kit.fast import *
 from .kit.ddp import *
@@ -156,7 +157,7 @@ class DDPMLearner(Learner):
 
 # %% ../nbs/09_learner.ipynb #4d17ec42
 def ddpm_learner(
-    dls:DataLoaders, # Images in [-1, 1], as `image_dls` makes them
+    dls:DataLoaders, # Images in [-1, 1], as `image_dls` makes them; fastai's or PyTorch's loaders
     dim:int=16, # Channels of the U-Net's first level
     dim_mults:tuple=(1, 2, 4, 8), # Channels of its levels as multiples of `dim`
     timesteps:int=50, # Number of steps T
@@ -171,10 +172,12 @@ def ddpm_learner(
     **kwargs # More arguments of `DDPMLearner`
 )->DDPMLearner: # Ready to `fit`
     "A fastai `Learner` that trains a denoising diffusion model (Algorithm 1)"
-    dl, (c, size) = dls.train, dls.one_batch()[0].shape[1:3]
+    dls, x = usable(dls)
+    dl, (c, *size) = dls.train, x.shape[1:]
     bs, taken = getattr(dl, 'at_once', (dl.bs, dl.bs)) # by an earlier learner of these `dls`
     if taken != dl.bs: bs = dl.bs # it was set since
     if diffusion is None:
+        size = check_size('image_size', size)
         check_model(size, c, timesteps, schedule, dim, dim_mults, attention)
         net = Unet(dim, dim_mults=dim_mults, channels=c, attention=attention)
         diffusion = Diffusion(net, image_size=size, channels=c, timesteps=timesteps, schedule=schedule)
@@ -207,5 +210,6 @@ def show_results(self:DDPMLearner,
     t = torch.linspace(0, d.num_timesteps - 1, len(x), device=x.device).long()
     x_t = d.q_sample(x, t)
     x_0 = p_mean_std(d.schedule, x_t, t, d.denoise(x_t, t))[2]
-    images = [unnormalize_to_zero_to_one(o).clamp(0, 1).cpu() for o in torch.cat((x, x_t, x_0))]
-    show_images(images, nrows=3, ncols=len(x), **kwargs)
+    images = unnormalize_to_zero_to_one(torch.cat((x, x_t, x_0))).clamp(0, 1).cpu()
+    if x.shape[1] == 1: images = images.expand(-1, 3, -1, -1)
+    show_images(list(images), nrows=3, ncols=len(x), **kwargs)

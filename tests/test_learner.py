@@ -1,8 +1,14 @@
 "Training through fastai: its numbers are those of a plain loop, and impossible arguments are refused at the door"
 import copy, random
 
-import numpy as np, pytest, torch
+import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelValidException
+from fastai.data.core import DataLoaders, TfmdDL
+from fastai.vision.core import imagenet_stats
+from fastai.vision.data import ImageDataLoaders
+from fastai.data.transforms import Normalize
+from fastai.vision.augment import Resize
+from PIL import Image
 from torch import Tensor
 
 from ddpm_nb import learner
@@ -191,6 +197,98 @@ def test_a_model_for_other_images(pics, learn):
     learn.diffusion.image_size = 24
     with pytest.raises(ValueError, match=r'images must be of shape \(3, 24, 24\)'):
         fit(tiny(pics, diffusion=learn.diffusion))
+
+
+@pytest.mark.parametrize('c, h, w', [(3, 16, 24), (1, 24, 16), (1, 16, 16)])
+def test_a_model_has_the_shape_of_the_loaders_images(c, h, w):
+    x = torch.rand(24, c, h, w)*2 - 1
+    dls = DataLoaders(*[TfmdDL([(o,) for o in x], bs=8, num_workers=0) for _ in range(2)], device='cpu')
+    learn = fit(ddpm_learner(dls, dim=8, dim_mults=(1, 2), timesteps=5))
+    assert learn.diffusion.image_size == (h if h == w else (h, w)) and learn.sample(2).shape == (2, c, h, w)
+    learn.show_results(max_n=3)
+    axes = plt.gcf().axes
+    assert len(axes) == 9 and all(ax.images[0].get_array().shape == (h, w, 3) for ax in axes)
+    plt.close('all')
+
+
+def photos(x, bs=8, kind=torch.utils.data.DataLoader, **kwargs):
+    return DataLoaders(*[kind(list(x), bs, **kwargs) for _ in range(2)])
+
+x_0 = torch.rand(24, 3, 16, 16)*2 - 1
+
+@pytest.mark.parametrize('x, says', [
+    (x_0/2 + .5, r'from \S+ to 1\.'), (x_0*127.5 + 127.5, 'to 25[45]'), ((x_0*127.5 + 127.5).byte(), 'to 25[45]'),
+    (x_0*2.5, 'from -2.5 to 2.5'), (x_0*.75 + .75, 'to 1.5'), (x_0 - .2, 'from -1.2'), (torch.zeros_like(x_0), 'from 0 to 0')])
+@pytest.mark.parametrize('kind', [torch.utils.data.DataLoader, TfmdDL])
+def test_images_in_another_range_are_refused(x, says, kind):
+    kw = {} if kind is not TfmdDL else dict(num_workers=0)
+    with pytest.raises(BadInput, match=rf'^dls must give images in \[-1, 1\], but they are .*{says}.*image_dls.*Normalize'):
+        ddpm_learner(photos([(o,) for o in x], kind=kind, **kw), 8, (1, 2), 5)
+
+
+def test_bright_and_dark_pictures_are_no_other_range(tmp_path):
+    for i in range(10): Image.new('RGB', (16, 16), 'white').save(tmp_path/f'{i}.png')
+    ddpm_learner(image_dls(tmp_path, 16, 4, device='cpu'), 8, (1, 2), 5)
+    ddpm_learner(photos(x_0/3 - .6), 8, (1, 2), 5)
+    ddpm_learner(photos(x_0*1.0001), 8, (1, 2), 5) # rounding
+
+
+def test_fastais_own_loaders_with_the_transform_that_is_asked_for(pics):
+    kw = dict(valid_pct=.2, bs=8, item_tfms=Resize(16), num_workers=0, device='cpu')
+    with pytest.raises(BadInput, match=r'must give images in \[-1, 1\], but they are from 0\.\d* to'):
+        ddpm_learner(ImageDataLoaders.from_folder(pics, **kw), 8, (1, 2), 5)
+    with pytest.raises(BadInput, match='must give images in'):
+        ddpm_learner(ImageDataLoaders.from_folder(pics, batch_tfms=Normalize.from_stats(*imagenet_stats), **kw))
+    dls = ImageDataLoaders.from_folder(pics, batch_tfms=Normalize.from_stats([.5]*3, [.5]*3), **kw)
+    assert fit(ddpm_learner(dls, 8, (1, 2), 5)).sample(2).shape == (2, 3, 16, 16)
+
+
+class Watched(Callback):
+    "What the model is given in training and in validation"
+    order = 99
+    def before_fit(self): self.given = {True: [], False: []}
+    def before_batch(self): self.given[self.training].append(self.xb[0].clone())
+
+
+@pytest.mark.parametrize('make', [lambda o: o, lambda o: (o,), lambda o: (o, 7), lambda o: [o, 'a label'],
+                                  lambda o: (o.double(), 1)], ids=['tensor', 'tuple', 'labels', 'list', 'float64'])
+def test_pytorchs_loaders(make):
+    dls = photos([make(o) for o in x_0])
+    learn = ddpm_learner(dls, 8, (1, 2), 10, cbs=Watched())
+    fit(learn)
+    assert learn.ddpm.steps == 1 and learn.dls is not dls # two batches a step
+    for training in (True, False): assert torch.equal(torch.cat(learn.watched.given[training]), x_0)
+    mark = learn.recorder.values[-1][1]
+    with learn.no_bar(): assert learn.validate()[0] == pytest.approx(mark, abs=1e-6)
+    learn.show_results(max_n=2)
+    assert len(plt.gcf().axes) == 6
+    plt.close('all')
+    assert isinstance(dls.train, torch.utils.data.DataLoader) and ddpm_learner(dls, 8, (1, 2), 10).dls.train.bs == 8
+
+
+@pytest.mark.parametrize('n, kwargs', [(20, {}), (20, dict(drop_last=True)), (24, dict(shuffle=True))])
+def test_pytorchs_loaders_shuffle_and_drop_as_they_do(n, kwargs):
+    dls = photos([(o, 0) for o in x_0[:n]], **kwargs)
+    learn = fit(ddpm_learner(dls, 8, (1, 2), 10, cbs=Watched(), accumulate=1))
+    sizes = [len(o) for o in learn.watched.given[True]]
+    assert sizes == [8, 8, 4, 8, 8, 8][:3] if n == 20 and not kwargs else sizes == [8]*(n//8)
+    got, want = (o.flatten(1)[:, 0].tolist() for o in (torch.cat(learn.watched.given[True]), x_0[:sum(sizes)]))
+    assert sorted(got) == sorted(want) and (got == want) != ('shuffle' in kwargs)
+
+
+def test_other_loaders():
+    "Batches made by a sampler of batches; fastai's loader of bare tensors; what can't be trained on"
+    loader, x = torch.utils.data.DataLoader, list(x_0)
+    by_sampler = [loader(x, batch_sampler=torch.utils.data.BatchSampler(range(24), 6, False)) for _ in range(2)]
+    for loaders, bs in ((by_sampler, 6), ([TfmdDL(x, bs=8, num_workers=0) for _ in range(2)], 8)):
+        learn = fit(ddpm_learner(DataLoaders(*loaders, device='cpu'), 8, (1, 2), 5, cbs=Watched()))
+        assert torch.equal(torch.cat(learn.watched.given[True]), x_0) and learn.dls.train.bs == bs
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self): return iter(x)
+    for dl, says in ((loader([dict(image=o) for o in x], 8), 'tuples that begin with them, but give a dict'),
+                     (loader([o[0] for o in x], 8), r'but give of shape \(8, 16, 16\)'),
+                     (loader(Endless(), 8), 'dls must have a length')):
+        with pytest.raises(BadInput, match=says): ddpm_learner(DataLoaders(dl, dl), 8, (1, 2), 5)
 
 
 def test_a_batch_size_set_by_hand_counts(pics):
