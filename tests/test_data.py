@@ -262,7 +262,8 @@ def test_a_square_said_twice_and_colours_made_grey(wide):
 
 @pytest.mark.parametrize('size, says', [
     ((32,), r'\(32,\)'), ((32, 64, 3), r'\(32, 64, 3\)'), ((0, 32), '0'), ('0x32', '0'), ((32, 2.5), '2.5'),
-    ((32, True), 'True'), ('32by64', "'32by64'"), ('x64', "'x64'"), ('-32x64', "'-32x64'"), ('99999x1', '99999'), ('', "''")])
+    ((32, True), 'True'), ('32by64', "'32by64'"), ('x64', "'x64'"), ('-32x64', "'-32x64'"), ('99999x1', '99999'),
+    ('', "''")])
 def test_sizes_that_are_none(wide, size, says):
     with pytest.raises(BadInput, match=f'^image_size must be a whole number.*, but is {says}$'):
         image_dls(wide/'rgb', size, 4)

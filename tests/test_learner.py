@@ -218,11 +218,13 @@ x_0 = torch.rand(24, 3, 16, 16)*2 - 1
 
 @pytest.mark.parametrize('x, says', [
     (x_0/2 + .5, r'from \S+ to 1\.'), (x_0*127.5 + 127.5, 'to 25[45]'), ((x_0*127.5 + 127.5).byte(), 'to 25[45]'),
-    (x_0*2.5, 'from -2.5 to 2.5'), (x_0*.75 + .75, 'to 1.5'), (x_0 - .2, 'from -1.2'), (torch.zeros_like(x_0), 'from 0 to 0')])
+    (x_0*2.5, 'from -2.5 to 2.5'), (x_0*.75 + .75, 'to 1.5'), (x_0 - .2, 'from -1.2'),
+    (torch.zeros_like(x_0), 'from 0 to 0')])
 @pytest.mark.parametrize('kind', [torch.utils.data.DataLoader, TfmdDL])
 def test_images_in_another_range_are_refused(x, says, kind):
     kw = {} if kind is not TfmdDL else dict(num_workers=0)
-    with pytest.raises(BadInput, match=rf'^dls must give images in \[-1, 1\], but they are .*{says}.*image_dls.*Normalize'):
+    match = rf'^dls must give images in \[-1, 1\], but they are .*{says}.*image_dls.*Normalize'
+    with pytest.raises(BadInput, match=match):
         ddpm_learner(photos([(o,) for o in x], kind=kind, **kw), 8, (1, 2), 5)
 
 

@@ -81,7 +81,8 @@ def test_references_of_any_shape_and_in_grey(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
     seen = []
     net = Network(lambda x: seen.append(x.shape) or x.mean((2, 3))/255, 'kept')
-    path, kinds = saved(tmp_path/'train', oblong()), [('32x64', 3), ((32, 64), 1), ((64, 32), 3), (32, 3), ((32, 32), 1)]
+    path = saved(tmp_path/'train', oblong())
+    kinds = [('32x64', 3), ((32, 64), 1), ((64, 32), 3), (32, 3), ((32, 32), 1)]
     for size,c in kinds*2: f = reference(path, net, size, 'all', view='none', device='cpu', channels=c)
     assert set(seen) == {(12, 3, 299, 299)} and len(seen) == len(list((tmp_path/'cache').rglob('*.npy'))) == 5
     grey = (oblong()[:, :, 0, 0]*torch.tensor([.299, .587, .114])).sum(1, keepdim=True)/255
@@ -102,8 +103,8 @@ def test_samples_of_any_shape_and_in_grey(tmp_path):
     Image.fromarray(x[0].permute(1, 2, 0).numpy()).save(tmp_path/'grey/colour.png')
     assert load_samples(tmp_path/'grey').shape == (7, 3, 24, 40)
     saved(tmp_path/'grey/other', x[:1, :, :, :24])
-    with pytest.raises(BadInput, match='samples must be of one size, but 00.png is of 40×24 pixels and other/00.png of 24×24'):
-        load_samples(tmp_path/'grey')
+    says = 'samples must be of one size, but 00.png is of 40×24 pixels and other/00.png of 24×24'
+    with pytest.raises(BadInput, match=says): load_samples(tmp_path/'grey')
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_else(pics, tmp_path, monkeypatch, capsys):

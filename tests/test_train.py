@@ -73,8 +73,8 @@ def test_refusals_of_training(pics, tmp_path, monkeypatch, kw, says):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize('size, kept, channels', [('16x32', [16, 32], 1), ((24, 16), [24, 16], 3)])
-def test_a_run_of_any_shape(pics, tmp_path, size, kept, channels):
+def test_a_run_of_wide_pictures_in_grey(pics, tmp_path):
+    size, kept, channels = '16x32', [16, 32], 1
     kw = SMALL | dict(data_path=pics, save_folder=tmp_path, image_size=size, channels=channels)
     for n in (1, 2): learn = train_diffusion(n, 1, resume=n == 2, **kw)
     h, w = kept
@@ -85,7 +85,8 @@ def test_a_run_of_any_shape(pics, tmp_path, size, kept, channels):
         train_diffusion(6, 1, resume=True, **(kw | dict(image_size=8)))
     with pytest.raises(BadInput, match='channels must be'):
         train_diffusion(6, 1, resume=True, **(kw | dict(channels=4 - channels)))
-    figs = visualize_diffusion(save_folder=tmp_path/'figs', load_path=tmp_path, data_path=pics, n_samples=2, device='cpu')
+    kw = dict(load_path=tmp_path, data_path=pics, n_samples=2, device='cpu')
+    figs = visualize_diffusion(save_folder=tmp_path/'figs', **kw)
     for ax in figs[0].axes: assert ax.images[0].get_array().shape == (h, w, 3)
     net = Network(lambda x: x.mean((2, 3))/255, 'colour', key='')
     s = score_samples(tmp_path, pics, n=6, network=net, device='cpu')
