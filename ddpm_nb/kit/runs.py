@@ -462,19 +462,21 @@ def flags_of(d:Diffusion)->dict:
     "The parameters of `train_diffusion` that make such a model"
     c = config_of(d)
     unet = {f'unet_{k}': c['unet'][k] for k in ('dim', 'dim_mults')} | dict(attention=c['unet']['attention'])
-    return unet | dict(image_size=c['image_size'], time_steps=c['timesteps'])
+    size = check_size('image_size', c['image_size'])
+    return unet | dict(image_size=size, channels=c['channels'], time_steps=c['timesteps'])
 
 def remembers(f):
     "Let `f` take what it isn't given from the run that it resumes (`config.json`), or from the model that it loads"
     known = signature(f).parameters
-    def read(d): return {k: known[k].annotation(v) if known[k].annotation is ints else v for k,v in d.items()}
+    plain = dict(unet_dim_mults=ints, image_size=lambda v: check_size('image_size', v))
+    def read(d): return {k: plain[k](v) if k in plain else v for k,v in d.items() if k in known}
     @wraps(f)
     def _f(*args, **kwargs):
         given, was = read(signature(f).bind(*args, **kwargs).arguments), {}
         folder, load_path = (given.get(k, known[k].default) for k in ('save_folder', 'load_path'))
-        if resume := given.get('resume'): was = config_of_run(folder)
+        if resume := given.get('resume'): was = {k: o.default for k,o in known.items()} | config_of_run(folder)
         elif load_path is not None: was = flags_of(fitting(model_at(load_path))[1])
-        was = read({k: v for k,v in was.items() if k in known and k != 'save_folder'})
+        was = read(was | dict(save_folder=folder))
         both = [k for k in known if k in given and k in was and k not in FREE]
         wrong = ', '.join(f'{k} {was[k]!r}, not {given[k]!r}' for k in both if was[k] != given[k])
         new = f'Leave that out, or begin a new run with its weights: load_path {folder}'
