@@ -153,7 +153,7 @@ def visualize_diffusion(
     dls = image_dls(images_at(data_path, data_class), d.image_size, n, data_class, device=d.device, channels=d.channels)
     fwd = forward_strip(d, dls.train.one_batch()[0].as_subclass(torch.Tensor))
     times = [f't = {i}' for i in part_times(d.num_timesteps)]
-    figs = show_strip(fwd, times), show_strip(backward_strip(d, fwd[-1]), times[::-1])
+    figs = Pictures([show_strip(fwd, times), show_strip(backward_strip(d, fwd[-1]), times[::-1])])
     with written_to(folder):
         for name,f in zip(('forward', 'backward'), figs): f.savefig(folder/f'{name}_diffusion.png', dpi=150)
     print(f'forward_diffusion.png and backward_diffusion.png are in {folder}')

@@ -1,5 +1,5 @@
 "What is refused at the door, in one sentence; and what a command makes of it."
-import math, sys
+import math, os, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -67,12 +67,38 @@ def test_processes_without_a_launcher(monkeypatch):
     with pytest.raises(BadInput, match=r"need Accelerate: pip install 'ddpm_nb\[processes\]'"): join_processes('cpu')
 
 
+@pytest.mark.parametrize('env, says', [
+    ('RANK=5 WORLD_SIZE=2', 'RANK must be a whole number below WORLD_SIZE, but is 5 of 2: start several'),
+    ('RANK=1', 'but is 1 of 1'), ('RANK=-1 WORLD_SIZE=2', 'but is -1 of 2'), ('RANK=x WORLD_SIZE=2', 'but is x of 2'),
+    ('RANK=0 WORLD_SIZE=two', 'but is 0 of two'), ('WORLD_SIZE=0', 'WORLD_SIZE is 0, but RANK is not set'),
+    ('RANK=0 WORLD_SIZE=2', '2 processes cannot join .no MASTER_ADDR.: start several processes by torchrun or'),
+    ('RANK=0', ''), ('RANK= WORLD_SIZE=', '')])
+@pytest.mark.parametrize('error', [ValueError, RuntimeError, OSError]) # of Accelerate, of the port, of the network
+def test_what_a_launcher_would_have_said(monkeypatch, env, says, error):
+    def fails(**kwargs): raise error('no MASTER_ADDR')
+    monkeypatch.setattr('accelerate.PartialState', fails)
+    for k in 'RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT'.split(): monkeypatch.delenv(k, raising=False)
+    for o in env.split(): monkeypatch.setenv(*o.split('='))
+    if not says: assert join_processes('cpu').type == 'cpu'; return
+    with pytest.raises(BadInput, match=says): join_processes('cpu')
+
+
 def test_a_bar_ends_complete(capsys):
     assert list(bar(range(7))) == list(bar(iter(range(7)), total=7)) == list(range(7))
     with bar(total=10, unit='B') as b: b.update(10)
     lines = [o for o in capsys.readouterr().err.split('\n') if o]
     assert len(lines) == 3 and all('100%' in o.split('\r')[-1] for o in lines)
     assert list(bar(range(7), show=False)) == list(range(7)) and capsys.readouterr().err == ''
+
+
+@pytest.mark.parametrize('name, backend, used', [
+    ('/bin/ddpm_train', 'module://ipympl.backend_nbagg', 'agg'), ('ddpm_visualize.exe', 'nonsense', 'agg'),
+    ('ddpm_sample', 'TkAgg', 'agg'), ('ddpm_train.py', 'svg', 'svg'), ('train', 'pdf', 'pdf')])
+def test_a_command_needs_no_window(name, backend, used):
+    code = f'import sys; sys.argv = [{name!r}]; import ddpm_nb.kit.checks, matplotlib as m; print(m.get_backend())'
+    env = os.environ | dict(MPLBACKEND=backend)
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
+    assert r.stdout.split() == [used], r.stderr
 
 
 def test_only_the_first_process_shows_a_bar(monkeypatch, capsys):

@@ -20,7 +20,8 @@ def here(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_train_sample_visualize(call, pics, tmp_path):
+def test_train_sample_visualize(call, pics, tmp_path, monkeypatch):
+    monkeypatch.setenv('MPLBACKEND', 'nonsense') # files need none
     r = call('ddpm_train', '--data_path', pics, '--train_steps', 4, '--save_and_sample_every', 2, *TINY)
     assert r.returncode == 0, r.stderr
     assert 'Epoch 2/2' in r.stdout and '4 steps done' in r.stdout
@@ -31,6 +32,8 @@ def test_train_sample_visualize(call, pics, tmp_path):
     r = call('ddpm_sample', '--n', 3, '--sampler', 'ddim', '--steps', 2)
     assert r.returncode == 0, r.stderr
     assert r.stdout.splitlines() == ['3 images are in samples'] and 'images 1 to 3' in r.stderr # a bar of its own
+    left = {p.name for p in (tmp_path/'samples').glob('[!.]*')}
+    assert left == {'samples.csv', '00000.png', '00001.png', '00002.png'}
     assert Image.open(tmp_path/'samples/00002.png').size == (16, 16)
     assert Image.open(tmp_path/'samples.png').size == (2*18 + 2, 2*18 + 2)
 
@@ -105,7 +108,7 @@ def test_refusals_are_one_line_and_exit_with_2(here, tmp_path, name, args, says)
 
 @pytest.mark.parametrize('name', 'ddpm_train ddpm_visualize ddpm_sample ddpm_fid ddpm_data'.split())
 def test_each_command_is_installed(call, tmp_path, name):
-    r = call(name, '--no-such-flag')
+    r = call(name, '--no-such-flag', env=os.environ | dict(MPLBACKEND='module://ipympl.backend_nbagg')) # isn't here
     assert r.returncode == 2 and r.stderr.strip().splitlines()[-1].startswith(name) and 'Traceback' not in r.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -1,16 +1,22 @@
 "From a folder or a zip to the batches that training sees"
-import shutil, tracemalloc, warnings, zipfile
+import re, shutil, tracemalloc, warnings, zipfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from ddpm_nb.diffusion import Diffusion
+from ddpm_nb.fid import Network
 from ddpm_nb.kit import data
 from ddpm_nb.kit.checks import BadInput
 from ddpm_nb.kit.data import (EXTS, MAX_BYTES, Files, ImageDL, Images, crop, eval_view, hold_out, image_dls, pick_names,
                               splits, train_view)
+from ddpm_nb.kit.faces import write_faces
 from ddpm_nb.kit.processes import seed_everything
+from ddpm_nb.kit.samples import passes
+from ddpm_nb.kit.scores import Batches
+from ddpm_nb.unet import Unet
 
 
 def pattern(n=1, size=35):
@@ -309,3 +315,15 @@ def test_unreadable_pictures_are_refused_or_skipped_and_counted(folder, tmp_path
 def test_names_of_pictures():
     assert all(data.is_image_name(f'a/b{e.upper()}') for e in EXTS)
     assert not any(data.is_image_name(o) for o in ('a.txt', '.a.jpg', '.git/a.jpg', '__MACOSX/a.jpg', 'jpg'))
+
+
+def test_each_bar_ends_full(pics, tmp_path, capsys):
+    files = Files(pics)
+    images = Images(files, files.names, 16, progress=True)
+    Network(lambda x: x.mean((2, 3)), 'mean').all(Batches(images, 16, 7), 'cpu', progress=True)
+    write_faces(tmp_path, 'cat', 70, 3, size=16, progress=True)
+    ends = [o.split('\r')[-1] for o in capsys.readouterr().err.split('\n') if '%' in o]
+    assert [re.search(r' (\d+/\d+) \[', o)[1] for o in ends] == ['96/96', '14/14', '2/2', '1/1']
+    d = Diffusion(Unet(8, dim_mults=(1,)), image_size=8, timesteps=3)
+    list(passes(d, 3, size=2)) # a bar for a pass, which goes when it's over
+    assert capsys.readouterr().err.split('\r')[-1].strip() == ''

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from ddpm_nb.kit import faces as module
-from ddpm_nb.kit.checks import BadInput
+from ddpm_nb.kit.checks import BadInput, CannotWrite
 from ddpm_nb.kit.faces import DOMAINS, builtin_faces, complete_folder, faces, write_faces
 
 
@@ -68,6 +68,21 @@ def test_the_cache_is_where_the_user_says(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, 'write_faces', empty)
     for _ in range(2): assert builtin_faces('all') == tmp_path/'ddpm_nb/faces-v1'
     assert capsys.readouterr().out.count('painting') == 3
+
+
+@pytest.mark.parametrize('env, place', [('XDG_CACHE_HOME', 'file'), ('HOME', 'file'), ('XDG_CACHE_HOME', 'file/in')])
+def test_a_cache_that_cannot_be_written_has_a_name(tmp_path, monkeypatch, env, place):
+    (tmp_path/'file').write_text('mine')
+    monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+    monkeypatch.setenv(env, str(tmp_path/place))
+    says = "train/cat can't be written .Not a directory.. Choose a folder that's there, .* and set XDG_CACHE_HOME to it"
+    with pytest.raises(CannotWrite, match=says): builtin_faces('cat')
+
+
+def test_a_cache_that_cannot_be_entered(tmp_path, monkeypatch):
+    def no(self, *args): raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr(module.Path, 'exists', no)
+    with pytest.raises(CannotWrite, match='.Permission denied.*set XDG_CACHE_HOME to it'): builtin_faces('cat')
 
 
 # Folders that are complete or not there

@@ -1,15 +1,18 @@
 "Files are complete or not there; what is no model is refused by its name, before anything is built from it."
 import copy, json, math, os, re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.utils import save_image
 
 from ddpm_nb.diffusion import Diffusion
 from ddpm_nb.kit import files
 from ddpm_nb.kit.checks import BadInput
 from ddpm_nb.kit.fast import fast
 from ddpm_nb.kit.files import (CannotWrite, build, check_model, complete, config_of, load_diffusion, load_weights,
-                               read_checkpoint, save_diffusion, save_pretrained, write_csv)
+                               png_text, read_checkpoint, save_diffusion, save_png, save_pretrained, write_csv)
 from ddpm_nb.unet import Unet
 
 
@@ -236,3 +239,34 @@ def test_damaged_safetensors(small, tmp_path):
     save_pretrained(net, tmp_path)
     with pytest.raises(BadInput, match='1 tensors are not finite, such as model.stem.weight'):
         load_diffusion(tmp_path, 'cpu')
+
+
+# Pictures
+
+@pytest.mark.parametrize('n, nrow', [(1, 8), (1, 1), (5, 3), (5, 8), (6, 1), (36, 6)])
+@pytest.mark.parametrize('shape', [(3, 8, 8), (1, 8, 8), (3, 5, 9), (1, 9, 5)])
+def test_a_png_is_what_torchvision_writes(tmp_path, n, nrow, shape):
+    x = torch.rand(n, *shape)*1.2 - .1 # out of range, too
+    x[0, 0, 0, :5] = torch.tensor([.5, .5/255, 1.5/255, 254.5/255, 1.]) # where rounding decides
+    save_png(tmp_path/'a.png', x, nrow, model='é, \u4e2d\n')
+    save_image(x, tmp_path/'b.png', nrow=nrow)
+    with Image.open(tmp_path/'a.png') as a, Image.open(tmp_path/'b.png') as b:
+        assert a.mode == ('L' if shape[0] == 1 else 'RGB') and (np.asarray(a.convert('RGB')) == np.asarray(b)).all()
+    assert png_text(tmp_path/'a.png') == dict(Software='ddpm_nb', model='é, \u4e2d\n')
+    assert png_text(tmp_path/'b.png') == {}
+
+
+def test_words_of_what_is_no_png(tmp_path):
+    Image.new('RGB', (4, 4)).save(tmp_path/'a.png', 'jpeg', comment='Software')
+    (tmp_path/'b.png').write_bytes(b'\x89PNG\r\n\x1a\n' + bytes(40))
+    for o in ('a.png', 'b.png', 'none.png', '.'): assert png_text(tmp_path/o) == {}
+
+
+def test_quick_is_complete_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, 'to_disk', None)
+    with pytest.raises(CannotWrite), complete(tmp_path/'a', sync=False) as f:
+        f.write_text('ha')
+        raise OSError
+    assert list(tmp_path.iterdir()) == []
+    with complete(tmp_path/'a', sync=False) as f: f.write_text('whole')
+    assert [o.name for o in tmp_path.iterdir()] == ['a']

@@ -101,12 +101,17 @@ def test_a_fresh_kernel_shows_each_picture_once():
     import nbformat
     from nbclient import NotebookClient
     code = ('import torch; from ddpm_nb.kit.plots import *; show_grid(torch.rand(4, 3, 8, 8))',
-            'plot_loss([(1, .9, None), (2, .8, .7)])')
+            'plot_loss([(1, .9, None), (2, .8, .7)])',
+            "plot_scores([dict(step=1, value=2, floor=1, label='FID', n=6)])",
+            "show_strip(torch.rand(5, 2, 3, 8, 8), 'abcde')",
+            "from ddpm_nb.kit.files import *; d = load_diffusion(); show_grid(d.sample(1))",
+            'Pictures([show_grid(torch.rand(4, 3, 8, 8)), plot_loss([])])')
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(o) for o in code])
     NotebookClient(nb, timeout=120, kernel_name='python3').execute()
     for cell in nb.cells:
         out = [o for o in cell.outputs if o.output_type != 'stream']
-        assert [o.output_type for o in out] == ['execute_result'] and len(out[0].data['image/png']) > 500
+        kind = ['display_data']*2 if 'Pictures' in cell.source else ['execute_result']
+        assert [o.output_type for o in out] == kind and all(len(o.data['image/png']) > 500 for o in out)
 
 
 def test_a_server_needs_no_backend(monkeypatch, tmp_path):

@@ -5,11 +5,11 @@ import pytest, torch
 from fastai.callback.core import Callback, CancelFitException
 
 from ddpm_nb.diffusion import Diffusion
-from ddpm_nb.kit import runs
+from ddpm_nb.kit import files, runs
 from ddpm_nb.kit.checks import BadInput, Stopped
 from ddpm_nb.kit.commands import ints
 from ddpm_nb.kit.data import image_dls
-from ddpm_nb.kit.files import CannotWrite, read_checkpoint, save_diffusion
+from ddpm_nb.kit.files import CannotWrite, only_run, read_checkpoint, save_diffusion
 from ddpm_nb.kit.processes import seed_everything
 from ddpm_nb.kit.runs import *
 from ddpm_nb.learner import ddpm_learner
@@ -80,9 +80,9 @@ def test_one_run_in_a_folder(tmp_path):
 
 
 def test_a_folder_without_locks_is_used(tmp_path, monkeypatch):
-    class No(runs.FileLock):
+    class No(files.FileLock):
         def acquire(self, *args, **kwargs): raise NotImplementedError
-    monkeypatch.setattr(runs, 'FileLock', No)
+    monkeypatch.setattr(files, 'FileLock', No)
     with only_run(tmp_path) as f: assert f == tmp_path
 
 

@@ -111,7 +111,8 @@ def test_a_cache_that_cannot_be_written_costs_nothing_else(pics, tmp_path, monke
     (tmp_path/'file').write_text('')
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'file'))
     f = reference(pics, Network(colour.f, 'kept'), 16, device='cpu')
-    assert len(f) == 40 and 'features are not kept' in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert len(f) == 40 and 'features are not kept' in said and 'set XDG_CACHE_HOME to it' in said
 
 
 @pytest.mark.parametrize('content', [b'', b'no numpy', None])

@@ -9,7 +9,7 @@ from ddpm_nb.kit import files
 from ddpm_nb.kit.checks import BadInput, Stopped
 from ddpm_nb.kit.fast import plain
 from ddpm_nb.kit.files import CannotWrite, load_diffusion, read_checkpoint, save_pretrained
-from ddpm_nb.kit.plots import read_losses
+from ddpm_nb.kit.plots import Pictures, read_losses
 from ddpm_nb.kit.runs import older, only_run
 from ddpm_nb.kit.scores import load_samples
 from ddpm_nb.train import *
@@ -231,7 +231,7 @@ def test_visualize_takes_the_parameters_of_training(ran, tmp_path):
     assert set(a) == set(b) and all(b[k].default == v.default for k,v in a.items() if k != 'n_samples')
     kw = dict(load_path=ran[0]/'9', data_path=ran[1]['data_path'], n_samples=2, device='cpu')
     figs = visualize_diffusion(save_folder=tmp_path/'a', train_steps=3, unet_dim=8, logger='wandb', **kw)
-    assert len(figs) == 2 and len(list((tmp_path/'a').glob('*_diffusion.png'))) == 2
+    assert isinstance(figs, Pictures) and len(figs) == 2 and len(list((tmp_path/'a').glob('*_diffusion.png'))) == 2
     with pytest.raises(TypeError, match='visualize_diffusion has no parameter n_sample'):
         visualize_diffusion(n_sample=3, **kw)
     with pytest.raises(BadInput, match='none/model.pt is not there'): visualize_diffusion(save_folder=tmp_path/'none')

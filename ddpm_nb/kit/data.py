@@ -209,7 +209,7 @@ class Images:
         parts = [self.names[i:i+32] for i in range(0, len(self), 32)] # one by one is slower
         with ThreadPoolExecutor(THREADS) as ex:
             each = (o for part in ex.map(lambda o: list(map(self.decode_one, o)), parts) for o in part)
-            for name,o in zip(self.names, bar(each, progress, len(self))):
+            for o,name in zip(bar(each, progress, len(self)), self.names): # the bar first, or it never ends
                 if isinstance(o, str): bad.append(o)
                 else:
                     x[len(good)] = torch.from_numpy(o)

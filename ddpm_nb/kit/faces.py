@@ -724,8 +724,9 @@ def builtin_faces(
     path = xdg_cache_home()/'ddpm_nb'/'faces-v1'
     for d in DOMAINS if data_class == 'all' else [data_class]:
         if d not in DOMAINS: refuse(f"data_class must be one of all, {', '.join(DOMAINS)}, but is {d!r}")
-        if progress and not (path/'val'/d).exists(): print(f'painting 5,512 {d} faces into {path}')
-        write_faces(path, d, progress=progress)
+        with in_cache(path):
+            if progress and not (path/'val'/d).exists(): print(f'painting 5,512 {d} faces into {path}')
+            write_faces(path, d, progress=progress)
     return path
 
 def images_at(data_path, data_class:str='cat'):

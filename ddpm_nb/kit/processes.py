@@ -63,14 +63,17 @@ def rank()->int: # From 0 to `world() - 1`
 
 def join_processes(device=None)->torch.device:
     "Join the processes that a launcher has started, if any, and return this one's device"
-    n = os.environ.get('WORLD_SIZE', '1')
+    n, i = os.environ.get('WORLD_SIZE') or '1', os.environ.get('RANK')
+    start = 'start several processes by torchrun or accelerate launch'
+    if n != '1' and not i: refuse(f'WORLD_SIZE is {n}, but RANK is not set: {start}')
+    if not (n.isdecimal() and (i or '0').isdecimal() and int(i or 0) < int(n)):
+        refuse(f'RANK must be a whole number below WORLD_SIZE, but is {i} of {n}: {start}')
     if n == '1': return best_device(device)
-    if 'RANK' not in os.environ or not n.isdigit():
-        refuse(f'WORLD_SIZE is {n}, but RANK is not set: start several processes by torchrun or accelerate launch')
     try: from accelerate import PartialState
     except ImportError: refuse("several processes need Accelerate: pip install 'ddpm_nb[processes]'")
     named = 'cuda' if device is None else best_device(device).type
-    state = PartialState(cpu=named == 'cpu' or not torch.cuda.is_available())
+    try: state = PartialState(cpu=named == 'cpu' or not torch.cuda.is_available())
+    except (ValueError, RuntimeError, OSError) as e: refuse(f'{n} processes cannot join ({str(e)[:120]}): {start}')
     if rank(): sys.stdout = open(os.devnull, 'w')
     return best_device(state.device)
 

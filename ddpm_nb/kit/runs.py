@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FREE', 'RunCallback', 'StepLoss', 'FiniteCallback', 'Half', 'GraphCallback', 'CheckpointCallback', 'older',
            'start_with', 'go_on', 'GridCallback', 'Curves', 'Epochs', 'stop_by_signal', 'saved_elsewhere', 'fit_steps',
-           'only_run', 'run_folder', 'config_of_run', 'flags_of', 'remembers', 'last_good', 'fitting', 'WandbNames',
-           'wandb_mode', 'logger_class', 'logger_cbs']
+           'run_folder', 'config_of_run', 'flags_of', 'remembers', 'last_good', 'fitting', 'WandbNames', 'wandb_mode',
+           'logger_class', 'logger_cbs']
 
 # %% ../../nbs/kit/runs.ipynb #run00005
 import gc, json, math, netrc, os, signal, sys, tempfile, threading, time
@@ -22,7 +22,6 @@ from fastai.callback.core import Callback, CancelBatchException, CancelFitExcept
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import AvgSmoothLoss, Learner, Recorder
 from fastai.optimizer import OptimWrapper
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..diffusion import *
@@ -317,8 +316,7 @@ class GridCallback(RunCallback):
         self.learn.images = self.learn.sample(self.n, self.seed)
         self.learn.grid_path = self.folder/f'sample_{self.learn.epoch + 1}.png'
         if rank(): return
-        from torchvision.utils import save_image # importing it takes seconds
-        with complete(self.learn.grid_path) as f: save_image(self.learn.images, f, nrow=math.ceil(self.n**.5))
+        with complete(self.learn.grid_path) as f: save_png(f, self.learn.images, math.ceil(self.n**.5))
 
 # %% ../../nbs/kit/runs.ipynb #run00026
 class Curves(RunCallback):
@@ -408,19 +406,6 @@ def fit_steps(
     said += f'ddpm_train --resume --save_folder {learn.checkpoint.path.parent} goes on'
     raise Stopped(said, 128 + stop)
 
-# %% ../../nbs/kit/runs.ipynb #run00040
-@contextmanager
-def only_run(folder:Path):
-    "Refuse a folder in which another run is under way"
-    lock = FileLock(folder/'.lock', timeout=0)
-    try: lock.acquire()
-    except Timeout:
-        refuse(f"save_folder: a run is under way in '{folder}'. Choose another folder, or wait until it ends "
-               f'(if there is no such run, remove {lock.lock_file})')
-    except (OSError, NotImplementedError): pass # a file system without locks
-    try: yield folder
-    finally: lock.release()
-
 # %% ../../nbs/kit/runs.ipynb #run00041
 @contextmanager
 def run_folder(save_folder, load_path=None, resume:bool=False):
@@ -434,16 +419,6 @@ def run_folder(save_folder, load_path=None, resume:bool=False):
         path.mkdir(parents=True, exist_ok=True)
         (path/'.probe').touch(); (path/'.probe').unlink()
     with only_run(path): yield path
-
-# %% ../../nbs/kit/runs.ipynb #run00042
-def move_aside(path):
-    "Rename the folder of an earlier run to its name and the first free number"
-    if path.resolve() == Path.cwd():
-        refuse(f"save_folder: your current folder, '{path}', holds a run. Choose another folder, or resume")
-    aside = next(p for i in range(1, 10**6) if not (p := path.with_name(f'{path.name}.{i}')).exists())
-    with only_run(path): pass # no run is in it now; released, since Windows won't rename a folder with an open file
-    path.rename(aside)
-    print(f'{path} holds an earlier run, which is now in {aside}')
 
 # %% ../../nbs/kit/runs.ipynb #run00045
 FREE = {'train_steps', 'save_and_sample_every', 'save_folder', 'data_path', 'load_path', 'resume', 'logger', 'device',

@@ -26,6 +26,7 @@ from .files import *
 from .processes import *
 from .data import *
 from .runs import RunCallback
+from .samples import listed
 from ..fid import *
 
 # %% ../../nbs/kit/scores.ipynb #33a36741
@@ -128,9 +129,10 @@ def keep(f, path):
     "Put features into the cache; if that fails, they'll simply be computed again"
     if rank(): return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with complete(path) as tmp: np.save(tmp, f.x.cpu().numpy())
-    except (OSError, CannotWrite) as e: print(f'features are not kept: {e}', file=sys.stderr)
+        with in_cache(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with complete(path) as tmp: np.save(tmp, f.x.cpu().numpy())
+    except CannotWrite as e: print(f'features are not kept: {e}', file=sys.stderr)
 
 # %% ../../nbs/kit/scores.ipynb #82b47627
 class Batches:
@@ -189,6 +191,11 @@ def are_images(path)->bool:
 def load_samples(path)->Tensor:
     "Generated images in a folder or zip, all of one size, as they are: uint8, shape (n, 1 or 3, height, width)"
     files = Files(path)
+    try: drawn = {*listed(files.read('samples.csv'))}
+    except UNREADABLE: drawn = set() # there's no such table
+    if drawn and (odd := sorted(drawn ^ {*files.names})):
+        refuse(f'samples: {path} and its samples.csv differ in {len(odd)} images, such as {odd[0]}. '
+               'Draw them again, or delete samples.csv to take what is there')
     kinds = {o: kind_of(files, o) for o in files.names}
     first, (size, _) = next(iter(kinds.items()))
     for o,(other, _) in kinds.items():
