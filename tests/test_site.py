@@ -21,7 +21,8 @@ cfg = ini['DEFAULT']
 ref = r'(?<![\w@\\])@(?P<ref>(?:eq|fig|tbl|sec)-[\w-]*\w)'
 fenced = r'^(?P<fence>```+).*?^(?P=fence) *$|`[^`\n]+`'
 label = r'\{#((?:eq|fig|tbl|sec)-[\w-]+)[^}]*\}'
-LIMIT = 1_500_000 # bytes of a page with its pictures
+PLAIN = '--syntax-highlighting=none', # the colours of code take pandoc most of its time; no check looks at them
+LIMIT = 1_370_000 # bytes of a page with its pictures; colours, at most 125,000 more, make it less than 1.5 MB
 pytestmark = pytest.mark.xdist_group('site') # processed once
 
 
@@ -44,7 +45,7 @@ class Reader(HTMLParser):
 
 class Page:
     "A processed notebook `nb`: its Markdown as Quarto sees it, and what pandoc makes of it"
-    def __init__(self, name, nb):
+    def __init__(self, name, nb, look=PLAIN):
         self.name, self.meta, self.files, self.labels = name, {}, {}, []
         self.text = '\n\n'.join(o for c in nb['cells'] for o in self.cell(c))
         prose = re.sub(fenced, '', self.text, flags=re.M | re.S)
@@ -58,7 +59,7 @@ class Page:
             return f"[{kind} {num[m['ref']]}](#{m['ref']})" if m['ref'] in num else m[0]
         text = re.sub(r'\$\$((?:(?!\$\$).)+)\$\$ *' + label, equation, self.text, flags=re.S)
         text = re.sub(fenced + '|' + ref, refer, text, flags=re.M | re.S)
-        cmd = [pypandoc.get_pandoc_path(), *'-f markdown-implicit_figures -t html --mathml --wrap=none'.split()]
+        cmd = [pypandoc.get_pandoc_path(), *'-f markdown-implicit_figures -t html --mathml --wrap=none'.split(), *look]
         r = subprocess.run(cmd, input=text, capture_output=True, text=True, check=True)
         self.html, self.warnings = r.stdout, r.stderr
         self.read = Reader(self.html)
@@ -179,10 +180,10 @@ def process(src):
     return src/'_proc'
 
 
-def load(proc):
+def load(proc, **kwargs):
     "All pages by name, and the names of all other files"
     files = [p.relative_to(proc).as_posix() for p in sorted(proc.rglob('*')) if p.is_file()]
-    return {o: Page(o, json.loads((proc/o).read_text())) for o in files if o.endswith('.ipynb')}, files
+    return {o: Page(o, json.loads((proc/o).read_text()), **kwargs) for o in files if o.endswith('.ipynb')}, files
 
 
 @pytest.fixture(scope='module')
@@ -358,7 +359,7 @@ def test_a_notebook_left_out_is_found(config, site):
 if __name__ == '__main__':
     out = Path(sys.argv[1]).resolve()
     proc = process(out)
-    for p in load(proc)[0].values():
+    for p in load(proc, look=())[0].values():
         title, dest = p.meta['title'], (proc/p.name).with_suffix('.html')
         head = '<!doctype html><html lang="en"><meta charset="utf-8">' \
                f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
