@@ -41,21 +41,22 @@ def command(name, *args, cwd=None, bin=Path(sys.executable).parent, env=None):
     return subprocess.run(args, cwd=cwd, capture_output=True, text=True, timeout=300, env=env)
 
 
-def work(name, args, cwd, env, files):
+def work(name, args, cwd, env, files, first):
     from ddpm_nb import train # here it costs nothing
     for i, f in enumerate(files, 1): os.dup2(os.open(f, os.O_WRONLY), i)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
     sys.argv, tempfile.tempdir = [name, *args], None
+    first()
     getattr(train, name)()
 
 
 class Fork:
     "A command of the package in a process of its own, which begins where all is imported"
-    def __init__(self, name, *args, cwd, env=os.environ):
+    def __init__(self, name, *args, cwd, env=os.environ, first=list): # it calls `first` before all else
         self.files = [tempfile.NamedTemporaryFile('r', encoding='utf-8') for _ in range(2)]
-        todo = name, [*map(str, args)], cwd, dict(env), [f.name for f in self.files]
+        todo = name, [*map(str, args)], cwd, dict(env), [f.name for f in self.files], first
         self.process = server.Process(target=work, args=todo)
         self.process.start()
 
@@ -68,6 +69,12 @@ class Fork:
 
 
 def forked(*args, **kwargs): return Fork(*args, **kwargs).ended()
+
+
+def ranks(n, port):
+    "What a launcher writes into the environment of each of `n` processes"
+    both = dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    return [both | dict(RANK=str(i), LOCAL_RANK=str(i)) for i in range(n)]
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 `KILLS=200 pytest -n 0 -s tests/test_faults.py -k kill` kills as many times; `SOAK=3000` `-k soak` trains as many steps.
 """
-import os, random, subprocess, sys, time
+import os, random, resource, subprocess, sys, time
 from pathlib import Path
 
 import psutil
@@ -79,13 +79,13 @@ def test_read_only(disk, pics, tmp_path):
     assert refused(tmp_path, disk/'run', 'Read-only file system') == []
 
 
+def small_files(): resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
 def test_a_quota_is_met_in_one_line(pics, tmp_path):
     "Files may not grow beyond 100 kB: no checkpoint can be written"
-    code = '''import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-from ddpm_nb.train import ddpm_train
-ddpm_train()'''
-    r = subprocess.run([sys.executable, '-c', code, '--data_path', pics, '--train_steps', '2', *TINY], cwd=tmp_path,
-                       capture_output=True, text=True, env=os.environ | dict(TMPDIR=str(tmp_path)))
+    r = forked('ddpm_train', '--data_path', pics, '--train_steps', 2, *TINY, cwd=tmp_path, first=small_files,
+               env=os.environ | dict(TMPDIR=str(tmp_path)))
     assert r.returncode == 2 and 'Traceback' not in r.stderr, r.stderr
     assert "model.pt can't be written (File too large). Choose a folder that's there, with enough space" in r.stderr
     assert not list(tmp_path.rglob('*.pt'))

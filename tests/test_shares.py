@@ -1,8 +1,8 @@
 "Three processes evaluate one batch that can't be divided by three, and all get what one would."
-import subprocess, sys
-from pathlib import Path
+import os, sys
 
 import pytest
+from conftest import ranks, server
 
 from ddpm_nb.kit import processes
 
@@ -28,13 +28,18 @@ torch.distributed.destroy_process_group()
 '''
 
 
+def one_of_three(env, path):
+    os.environ.update(env)
+    with open(path/env['RANK'], 'w') as sys.stdout: exec(PROGRAM, {})
+
+
 @pytest.mark.xdist_group('processes')
 def test_three_processes(tmp_path):
-    (tmp_path/'three.py').write_text(PROGRAM)
-    run = [Path(sys.executable).with_name('torchrun'), '--standalone', '--nproc_per_node', '3', 'three.py']
-    r = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert r.returncode == 0, r.stderr
-    assert r.stdout == 'one speaks\n'
+    three = [server.Process(target=one_of_three, args=(o, tmp_path)) for o in ranks(3, 30500 + os.getpid() % 1000)]
+    for p in three: p.start()
+    for p in three: p.join(120)
+    assert [p.exitcode for p in three] == [0]*3
+    assert [(tmp_path/o).read_text() for o in '012'] == ['one speaks\n', '', '']
 
 
 @pytest.mark.parametrize('n', [1, 2, 6, 7])
