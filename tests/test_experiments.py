@@ -3,7 +3,9 @@ from pathlib import Path
 
 import matplotlib, nbformat, pandas as pd, pytest, torch
 
+from ddpm_nb import unet
 from ddpm_nb.diffusion import Diffusion
+from ddpm_nb.kit import scores
 from ddpm_nb.kit.files import load_diffusion, save_pretrained
 from ddpm_nb.unet import Unet
 
@@ -32,6 +34,13 @@ def here(tmp_path, monkeypatch):
     matplotlib.use('Agg')
 
 
+@pytest.fixture
+def colours(monkeypatch):
+    "The colours of a grid for features: a table of many scores is made in the same way, and costs less"
+    def grid(x): return torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)/255
+    monkeypatch.setitem(scores.NETWORKS, 'efficientnet-lite0', lambda: scores.Network(grid, 'colours', key=''))
+
+
 def test_loss_and_score(pics, tmp_path):
     "The run of 7.1 is there already when 7.2 comes, and is not done again; one without scores is"
     params = dict(data_path=pics, folder=tmp_path/'a', every=2, model=SMALL)
@@ -55,9 +64,10 @@ def test_samples(pics, tmp_path):
     assert list(ns['scores'].against) == ['train', 'val']*3 and ns['floor'].gt(0).all()
 
 
-def test_weights(pics, tmp_path):
-    "Each candidate is trained once; the best of those that are small enough gets a card with its numbers"
-    params = dict(data_path=pics, size=16, batch_size=8, every=1, n=8, steps=2, results=tmp_path/'c', device='cpu')
+def test_weights(pics, tmp_path, colours, monkeypatch):
+    "Each candidate is trained once, here a small one; the best of those that fit gets a card with its numbers"
+    monkeypatch.setattr(unet, 'Unet', lambda **net: Unet(**net | dict(dim=8, dim_mults=(1,))))
+    params = dict(data_path=pics, size=8, batch_size=8, every=1, n=8, steps=2, results=tmp_path/'c', device='cpu')
     ns = run('weights', **params, only=['the assignment', 'without attention'])
     assert list(ns['table'].candidate) == ['the assignment', 'without attention']
     assert ns['table'].steps.tolist() == [2, 2]
@@ -77,10 +87,10 @@ def test_strips(name, pics, tmp_path):
     run(name, data_path=pics, pretrained=tmp_path/'small', n=2, **(dict(n_corr=8) if name == '75_backward' else {}))
 
 
-def test_ablation(pics, tmp_path):
+def test_ablation(pics, tmp_path, colours):
     "Each line of the table from each seed; and a second time nothing is done again"
-    net = dict(dim=8, dim_mults=(1, 2))
-    params = dict(data_path=pics, size=16, batch_size=8, net=net, steps=1, n=8, seeds=(0, 1), results=tmp_path/'runs')
+    net = dict(dim=8, dim_mults=(1,))
+    params = dict(data_path=pics, size=8, batch_size=8, net=net, steps=1, n=8, seeds=(0, 1), results=tmp_path/'runs')
     only = [(k, s) for k in ("the assignment's", 'T=10', 'L2') for s in (0, 1)]
     only += [(k, 0) for k in ('T=200', 'linear schedule', 'no attention')]
     table = run('ablation', **params, only=only)['table']
