@@ -83,7 +83,7 @@ def test_a_run_of_wide_pictures_in_grey(pics, tmp_path):
     assert conf['image_size'] == kept == read_checkpoint(tmp_path/'model.pt')['config']['image_size']
     with pytest.raises(BadInput, match='the run has image_size .16, 32., not 8'):
         train_diffusion(6, 1, resume=True, **(kw | dict(image_size=8)))
-    with pytest.raises(BadInput, match='channels must be'):
+    with pytest.raises(BadInput, match='the run has channels'):
         train_diffusion(6, 1, resume=True, **(kw | dict(channels=4 - channels)))
     kw = dict(load_path=tmp_path, data_path=pics, n_samples=2, device='cpu')
     figs = visualize_diffusion(save_folder=tmp_path/'figs', **kw)
