@@ -11,10 +11,9 @@ from functools import partial
 from .kit.checks import *
 
 import torch
-from fastai.callback.core import Callback, CancelEpochException
+from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import show_images
 from fastcore.basics import patch
@@ -32,6 +31,7 @@ from .kit.files import *
 from .kit.fast import *
 from .kit.ddp import *
 from .kit.runs import *
+from .kit.fastai import *
 
 # %% ../nbs/09_learner.ipynb #2e5daee1
 class DDPMCallback(Callback):
@@ -69,13 +69,14 @@ def held_out(self:DDPMCallback,
 
 # %% ../nbs/09_learner.ipynb #7b5a7f36
 def ema_average(
+    averaged:list, # The averages, which change in place
+    current:list, # The weights
+    n:Tensor, # How many steps the average has seen
     decay:float=0.9995, # Largest decay, from 0 to 1
-): # A function for `AveragedModel(multi_avg_fn=...)`
-    "An exponential moving average whose decay warms up (@eq-ema)"
-    def _f(averaged, current, n): # `n`, a tensor, counts the steps so far
-        w = torch.where(n > 0, (9/(10 + n)).clamp(min=1 - decay), 1.) # 1 - d; the first step is taken whole
-        torch._foreach_add_(averaged, torch._foreach_mul(torch._foreach_sub(current, averaged), w))
-    return _f
+):
+    "An exponential moving average whose decay warms up (@eq-ema), for `AveragedModel(multi_avg_fn=...)`"
+    w = torch.where(n > 0, (9/(10 + n)).clamp(min=1 - decay), 1.) # 1 - d; the first step is taken whole
+    torch._foreach_add_(averaged, torch._foreach_mul(torch._foreach_sub(current, averaged), w))
 
 # %% ../nbs/09_learner.ipynb #53ef672b
 class EMACallback(Callback):
@@ -85,7 +86,7 @@ class EMACallback(Callback):
     def make(self):
         "Begin the average with the weights as they are"
         d = self.learn.diffusion
-        self.avg = AveragedModel(d, d.device, multi_avg_fn=ema_average(self.decay))
+        self.avg = AveragedModel(d, d.device, multi_avg_fn=partial(ema_average, decay=self.decay))
         self.avg.requires_grad_(False).eval()
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
@@ -93,9 +94,8 @@ class EMACallback(Callback):
     def after_step(self): self.avg.update_parameters(self.learn.diffusion)
 
 # %% ../nbs/09_learner.ipynb #e28e35f4
-class DDPMLearner(Learner):
+class DDPMLearner(KitLearner):
     "A `Learner` whose model is a `Diffusion`, and that can sample"
-    first_epoch = 0
     model:Diffusion # The average, while it is validated
     def __init__(self,
         dls:DataLoaders, # Images in [-1, 1]
@@ -106,13 +106,6 @@ class DDPMLearner(Learner):
     ):
         super().__init__(dls, diffusion, loss_func=loss_func, opt_func=opt_func, **kwargs)
         self.diffusion = diffusion
-
-    def _do_fit(self):
-        first, self.first_epoch = self.first_epoch, 0
-        bar = getattr(getattr(self, 'progress', None), 'mbar', None)
-        if bar and first: bar.update(0) # fastprogress starts its clock at 0
-        for self.epoch in range(first, self.n_epoch):
-            self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
     def _do_epoch_validate(self, *args, **kwargs):
         trained, self.model = self.model.eval(), self.averaged
@@ -138,22 +131,6 @@ class DDPMLearner(Learner):
             with autocast(d.device): return d.sample(n, **kwargs)
         finally:
             if seed is not None: set_random_states(was, d.device)
-
-    def to_fp16(self, amp_mode:str='fp16')->'DDPMLearner': # The learner
-        "Train in float16"
-        return self.add_cb(Half(amp_mode))
-
-    def to_bf16(self)->'DDPMLearner': # The learner
-        "Train in bfloat16"
-        return self.to_fp16('bf16')
-
-    def compile(self,
-        **kwargs # For `torch.compile`
-    )->'DDPMLearner': # The learner
-        "Compile the network at its first batch; raises `BadInput` where `check_compile` does"
-        check_compile(self.dls.device, **kwargs)
-        self.diffusion.model.compile(**kwargs)
-        return self
 
 # %% ../nbs/09_learner.ipynb #4d17ec42
 def ddpm_learner(

@@ -59,7 +59,7 @@ def test_loss_and_step(model, gpu):
     loss = model(torch.ones(4, 3, 16, 16, device=gpu))
     assert (loss.device.type, loss.dtype, loss.requires_grad) == ('cuda', torch.float32, True)
     mean = [torch.empty_like(p) for p in ps]
-    ema_average()(mean, [p.data for p in ps], torch.tensor(3, device=gpu))
+    ema_average(mean, [p.data for p in ps], torch.tensor(3, device=gpu))
     assert {o.device.type for o in mean} == {'cuda'}
 
 
@@ -109,7 +109,7 @@ def test_a_whole_step_never_asks_for_a_value(form, dtype):
     "So that a CUDA graph can hold it: draws, loss, gradient, unscaling, clipping, Adam, the average"
     d = Diffusion(form(Unet(8, dim_mults=(1, 2))), image_size=16, timesteps=10)
     opt = torch.optim.Adam(d.parameters(), lr=1e-3, fused=True)
-    step = TrainStep(d, opt, dtype, avg=AveragedModel(d, multi_avg_fn=ema_average()), max_norm=1.)
+    step = TrainStep(d, opt, dtype, avg=AveragedModel(d, multi_avg_fn=ema_average), max_norm=1.)
     x, shapes = torch.randn(4, 3, 16, 16), ((), ())
     step(x) # Adam makes its state, the scaler its scale
     with Unasked():

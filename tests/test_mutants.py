@@ -194,7 +194,7 @@ SURVIVED = { # what: module or notebook, old text, new text, guard
         A, 'randint(0, self.num_timesteps,', 'randint(0, self.num_timesteps//2,', 'forward_is_algorithm_1'),
     # Its learner
     'index 0 is never drawn in training': (A, 'randint(0,', 'randint(1,', 'a_run_is_algorithm_1'),
-    'the decay is a half': (L, 'ema_average(self.decay)', 'ema_average(.5)', 'average_of_the_weights'),
+    'the decay is a half': (L, 'ema_average, decay=self.decay', 'ema_average, decay=.5', 'average_of_the_weights'),
     'the average at every tenth step': (
         L, 'after_step(self): self.avg', 'after_step(self): self.learn.ddpm.steps % 10 or self.avg',
         'average_of_the_weights'),

@@ -54,8 +54,9 @@ def test_arguments(f, says): refused(says, f)
 
 
 def test_a_logger_that_is_not_installed(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'fastai.callback.wandb', None)
-    refused("logger 'wandb' isn't installed", logger_class, 'wandb')
+    for k in ('wandb', 'tensorboard'): monkeypatch.setitem(sys.modules, k, None)
+    monkeypatch.delitem(sys.modules, 'torch.utils.tensorboard', raising=False)
+    for k in ('wandb', 'tensorboard'): refused(f"logger '{k}' isn't installed", logger_class, k)
     assert logger_class('none') is None
 
 

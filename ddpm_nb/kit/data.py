@@ -12,6 +12,7 @@ import math, os, struct, sys, zipfile, zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -183,6 +184,12 @@ class Images:
         self.x = self.decode_all(progress) if len(names)*math.prod(self.shape) <= limit else None
 
     def __len__(self): return len(self.names)
+
+    def new_empty(self)->'Images': # The same without pictures, for `Learner.export`
+        "Pictures of the same kind, but none, and from nowhere"
+        res = copy(self)
+        res.files, res.names, res.x = None, [], None if self.x is None else self.x.new_empty(0, *self.x.shape[1:])
+        return res
 
     def __getitem__(self, i):
         "A tuple of one picture, or of one batch if `i` is a list or a tensor"

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['FREE', 'RunCallback', 'StepLoss', 'FiniteCallback', 'Half', 'GraphCallback', 'CheckpointCallback', 'older',
            'start_with', 'go_on', 'GridCallback', 'Curves', 'Epochs', 'stop_by_signal', 'saved_elsewhere', 'fit_steps',
-           'run_folder', 'config_of_run', 'flags_of', 'remembers', 'last_good', 'fitting', 'WandbNames', 'wandb_mode',
-           'logger_class', 'logger_cbs']
+           'run_folder', 'config_of_run', 'flags_of', 'remembers', 'last_good', 'fitting', 'LogCallback',
+           'TensorboardCallback', 'WandbCallback', 'wandb_mode', 'logger_class', 'logger_cbs']
 
 # %% ../../nbs/kit/runs.ipynb #run00005
-import gc, json, math, netrc, os, signal, sys, tempfile, threading, time
+import gc, json, math, netrc, os, signal, sys, tempfile, threading, time, uuid
 from contextlib import contextmanager
 from functools import wraps
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from fastai.callback.core import Callback, CancelBatchException, CancelFitExcept
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import AvgSmoothLoss, Learner, Recorder
 from fastai.optimizer import OptimWrapper
+from PIL import Image
 from torch import Tensor
 
 from ..diffusion import *
@@ -33,7 +35,8 @@ from .plots import *
 
 # %% ../../nbs/kit/runs.ipynb #run00009
 class RunCallback(Callback):
-    "A callback that rests while fastai looks for a learning rate"
+    "A callback that rests while fastai looks for a learning rate, or validates without training"
+    _only_train_loop = True
     def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')
 
 # %% ../../nbs/kit/runs.ipynb #run00011
@@ -61,6 +64,7 @@ class StepLoss(RunCallback):
 class FiniteCallback(RunCallback):
     "Stop at a loss or gradient that isn't finite, or skip the step (@eq-finite)"
     run_valid, order = False, MixedPrecision.order + 1 # after the gradients of a full step are unscaled
+    _only_train_loop = False # any learner has it
     def __init__(self, nonfinite='stop'):
         if nonfinite not in ('stop', 'skip'): refuse(f'nonfinite must be stop or skip, but is {nonfinite!r}')
         self.nonfinite, self.losses, self.notes, self.last, self.skipped = nonfinite, [], [], None, 0
@@ -483,13 +487,66 @@ def fitting(path:Path)->tuple[dict, Diffusion]:
     return ckpt, d
 
 # %% ../../nbs/kit/runs.ipynb #run00049
-class WandbNames(Callback):
-    "Log `loss` and `img` to W&B under the assignment's names; a score logs itself as a metric"
-    order = 100
-    def __init__(self, wandb): self.wandb = wandb
-    def after_step(self): self.put(loss=self.learn.step_loss.rows[-1][1])
-    def after_epoch(self): self.put(img=self.wandb.Image(str(self.learn.grid_path)))
-    def put(self, **kwargs): self.wandb.log(kwargs, step=self.learn.wandb._wandb_step)
+class LogCallback(RunCallback):
+    "Send each step's loss and learning rate, and each milestone's held-out loss, score and samples, to a log, once"
+    order, run_valid = 100, False # when a milestone is done
+    def __init__(self, folder, config=None): self.folder, self.config = Path(folder), config
+    @property
+    def file(self): return self.folder/f'{self.name}.json'
+    def before_fit(self):
+        super().before_fit()
+        if not self.run: return
+        try: self.kept = dict(json.loads(self.file.read_text()))
+        except (OSError, ValueError, TypeError): self.kept = {}
+        self.lrs = {int(k): v for k,v in self.kept.get('lrs', {}).items()}
+        self.keep(self.begin(self.kept.get('step', 0), self.learn.ddpm.steps))
+    def keep(self, step):
+        "Remember that the log has all steps to this one, and the learning rates of those that it doesn't have"
+        self.lrs = {k: v for k,v in self.lrs.items() if k > step}
+        self.kept |= dict(step=step, lrs=self.lrs)
+        with complete(self.file) as f: f.write_text(json.dumps(self.kept))
+    def after_step(self): self.lrs[self.learn.ddpm.steps] = float(self.learn.opt.hypers[-1]['lr'])
+    def after_fit(self):
+        self.after_step() # if the fit was stopped in it
+        self.keep(self.kept['step'])
+        self.end()
+    def after_epoch(self):
+        "Send the rows of `loss.csv` that the log doesn't have"
+        rows, fid = [o for o in self.learn.step_loss.rows if o[0] > self.kept['step']], getattr(self.learn, 'fid', None)
+        scores = {o['step']: {fid.metric.name: o['value']} for o in fid.rows} if fid else {}
+        for step,loss,held_out in rows:
+            values = dict(loss=float(loss), lr=self.lrs.get(step), **scores.get(step, {}))
+            if held_out != '': values['held_out'] = float(held_out)
+            if step == self.learn.ddpm.steps and hasattr(self.learn, 'grid'): values['img'] = self.learn.grid_path
+            self.put({k: v for k,v in values.items() if v is not None}, step)
+        self.keep(max(self.kept['step'], self.learn.ddpm.steps)) # W&B may have been ahead
+
+class TensorboardCallback(LogCallback):
+    "Log to TensorBoard, in the run's folder `tensorboard`"
+    def begin(self, done, step):
+        from torch.utils.tensorboard import SummaryWriter
+        self.writer = SummaryWriter(str(self.folder/'tensorboard'), purge_step=min(done, step) + 1)
+        return min(done, step)
+    def put(self, values, step):
+        for k,v in values.items():
+            if k == 'img': self.writer.add_image(k, np.array(Image.open(v)), step, dataformats='HWC')
+            else: self.writer.add_scalar(k, v, step)
+    def keep(self, step):
+        self.writer.flush()
+        super().keep(step)
+    def end(self): self.writer.close()
+
+class WandbCallback(LogCallback):
+    "Log to Weights & Biases, as one run of theirs however often ours goes on"
+    def begin(self, done, step):
+        import wandb
+        self.image, id = wandb.Image, self.kept.setdefault('id', uuid.uuid4().hex[:8])
+        self.log = wandb.init(project='DDPM_AFHQ', id=id, resume='allow', config=self.config, dir=str(self.folder),
+                              mode=wandb_mode())
+        return done
+    def put(self, values, step):
+        self.log.log({k: self.image(str(v)) if k == 'img' else v for k,v in values.items()}, step=step)
+    def end(self): self.log.finish()
 
 # %% ../../nbs/kit/runs.ipynb #run00050
 def wandb_mode()->str: # A mode of `wandb.init`
@@ -500,21 +557,16 @@ def wandb_mode()->str: # A mode of `wandb.init`
 
 # %% ../../nbs/kit/runs.ipynb #run00051
 def logger_class(logger:str):
-    "fastai's callback for 'tensorboard' or 'wandb', if what it needs is installed; None for 'none'"
-    try:
-        if logger == 'none': return None
-        if logger == 'tensorboard': from fastai.callback.tensorboard import TensorBoardCallback as cls
-        elif logger == 'wandb': from fastai.callback.wandb import WandbCallback as cls
-        else: refuse(f'logger must be none, tensorboard or wandb, but is {logger!r}')
+    "The callback for 'tensorboard' or 'wandb', if what it needs is installed; None for 'none'"
+    if logger == 'none': return None
+    known = dict(tensorboard=TensorboardCallback, wandb=WandbCallback)
+    if logger not in known: refuse(f'logger must be none, tensorboard or wandb, but is {logger!r}')
+    try: import_module('torch.utils.tensorboard' if logger == 'tensorboard' else logger)
     except ImportError as e: refuse(f"logger {logger!r} isn't installed ({e}): pip install 'ddpm_nb[{logger}]'")
-    return cls
+    return known[logger]
 
 # %% ../../nbs/kit/runs.ipynb #run00052
 def logger_cbs(logger:str, folder:Path, config:dict)->list:
-    "fastai's callbacks for a logger of the run in `folder`, which was started with `config`"
+    "The callback for a logger of the run in `folder`, which was started with `config`"
     cls = logger_class(logger)
-    if cls is None or rank(): return []
-    if logger == 'tensorboard': return [cls(log_dir=str(folder/'tensorboard'), trace_model=False, log_preds=False)]
-    import wandb
-    wandb.init(project='DDPM_AFHQ', config=config, dir=str(folder), mode=wandb_mode())
-    return [cls(log=None, log_preds=False), WandbNames(wandb)]
+    return [] if cls is None or rank() else [cls(folder, config)]
