@@ -49,6 +49,8 @@ class KitLearner(Learner):
     "fastai's `Learner`, with calls that fit a `Diffusion` and the average of its weights"
     first_epoch = 0
     diffusion:Diffusion
+    cbs:L
+    metrics:L
 
     def add_cb(self,
         cb, # A `Callback`, or the class of one
@@ -67,10 +69,10 @@ class KitLearner(Learner):
 
     def summary(self)->str:
         "fastai's table of layers, with callbacks and optimizer"
-        self.get_preds = lambda dl, **kwargs: self.diffusion(dl[0][0].as_subclass(Tensor))
+        setattr(self, 'get_preds', lambda dl, **kwargs: self.diffusion(dl[0][0].as_subclass(Tensor)))
         try:
             with self.at_rest(), torch.no_grad(): return super().summary()
-        finally: del self.get_preds
+        finally: delattr(self, 'get_preds')
 
     @contextmanager
     def at_rest(self):
