@@ -141,12 +141,28 @@ def test_a_checkpoint_comes_back(small, file):
     assert torch.allclose(d.denoise(x, t), small.denoise(x, t), atol=1e-4)
 
 
-def test_only_a_network_with_a_config_is_saved(tmp_path):
-    d = Diffusion(torch.nn.Conv2d(3, 3, 1), image_size=16, timesteps=5)
-    for f in (save_diffusion, save_pretrained):
-        with pytest.raises(BadInput, match='model must have a config, as a Unet does, but is a Conv2d'):
-            f(d, tmp_path/'x')
-    assert names(tmp_path) == []
+class Mine(Unet): "A network of one's own with a config, and weights like a Unet's"
+
+
+class Wise(torch.nn.Conv2d):
+    "One whose config couldn't be pickled"
+    def __init__(self): super().__init__(3, 3, 1); self.config = dict(f=lambda x: x)
+    def forward(self, x, t): return super().forward(x)
+
+
+@pytest.mark.parametrize('make, other', [(lambda: Mine(8, dim_mults=(1, 2)), lambda: Mine(16, dim_mults=(1, 2))),
+                                         (Wise, lambda: torch.nn.Conv2d(3, 3, 3))])
+def test_a_network_of_ones_own_comes_back(tmp_path, make, other):
+    "Its weights are kept, and whoever loads them brings a network of the kind"
+    d = Diffusion(make(), image_size=16, timesteps=5)
+    save_diffusion(d, tmp_path/'model.pt', ema=d)
+    save_pretrained(d, tmp_path/'folder')
+    for path in tmp_path, tmp_path/'folder':
+        with pytest.raises(BadInput, match=f'of a network of yours, {type(d.model).__name__}. Give load_diffusion one'):
+            load_diffusion(path)
+        e = load_diffusion(path, 'cpu', net=(net := make()))
+        assert e.model is net and same(d, e) and e.sample(1).shape == (1, 3, 16, 16)
+        with pytest.raises(BadInput, match='tensors do not fit'): load_diffusion(path, net=other())
 
 
 def test_damaged_checkpoints(file):

@@ -131,9 +131,7 @@ def save(self:KitLearner,
     path = self.saved_as(file)
     if rank(): return path
     d, ema, ddpm = self.diffusion, getattr(self, 'ema', None), getattr(self, 'ddpm', None)
-    state = dict(step=ddpm.steps if ddpm else 0, model=d.state_dict())
-    try: state['config'] = config_of(d)
-    except BadInput: pass # a network of your own: only a learner that has one like it reads the file
+    state = dict(step=ddpm.steps if ddpm else 0, model=d.state_dict(), config=config_of(d))
     if ema and ema.avg: state |= dict(ema=ema.avg.module.state_dict(), n_averaged=int(ema.avg.n_averaged))
     if with_opt and self.opt: state['opt'] = plain_values(self.opt.state_dict())
     with complete(path) as tmp: torch.save(state, tmp, pickle_protocol=pickle_protocol)

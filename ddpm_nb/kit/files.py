@@ -32,7 +32,7 @@ from ..schedule import SCHEDULES
 from ..unet import Unet
 from ..diffusion import Diffusion
 from .processes import *
-from .fast import fast
+from .fast import *
 
 # %% ../../nbs/kit/files.ipynb #de0279c1
 def to_disk(path):
@@ -148,12 +148,12 @@ def check_model(
 
 # %% ../../nbs/kit/files.ipynb #9c12f3d8
 def config_of(diffusion:Diffusion)->dict:
-    "All you need to build the model again, as plain values; its network is a `Unet`, or another with a `config`"
+    "All you need to build the model again, as plain values; of another network than a `Unet` it knows the name alone"
     d, net = diffusion, diffusion.model
-    if not hasattr(net, 'config'): refuse(f'model must have a config, as a Unet does, but is a {type(net).__name__}')
     h, w = d.image_shape[1:]
+    what = dict(unet=net.config) if type(net) in (Unet, FastUnet) else dict(network=type(net).__name__)
     return dict(image_size=h if h == w else [h, w], channels=d.channels, timesteps=d.num_timesteps,
-                schedule=d.schedule_name, unet=net.config)
+                schedule=d.schedule_name, **what)
 
 def damage(path)->str:
     "What's wrong with a file of `torch.save`, or '' if each tensor matches its checksum and none is compressed"
@@ -210,21 +210,24 @@ def load_weights(diffusion, weights:dict, name='checkpoint'):
     diffusion.load_state_dict(weights)
 
 # %% ../../nbs/kit/files.ipynb #74948817
-def build(config:dict, weights:dict, path)->Diffusion:
-    "The model that the `config` of the file `path` describes, with the file's `weights`"
+def build(config:dict, weights:dict, path, net:nn.Module=None)->Diffusion:
+    "The model that the `config` of the file `path` describes, with the file's `weights`; `net` if it has no `Unet`"
+    if net is None and 'network' in config:
+        refuse(f"{path} holds the weights of a network of yours, {config['network']}. Give load_diffusion one as net")
     try:
-        unet, rest = config['unet'], {k: v for k,v in config.items() if k != 'unet'}
-        if unet.get('channels', 3) != rest['channels']: raise ValueError('two numbers of channels')
+        unet, rest = config.get('unet', {}), {k: v for k,v in config.items() if k not in ('unet', 'network')}
+        if net is None and unet.get('channels', 3) != rest['channels']: raise ValueError('two numbers of channels')
         check_model(**unet | rest)
         rest['image_size'] = check_size('image_size', rest['image_size'])
         if getattr(weights.get('schedule.alphas'), 'shape', None) != (rest['timesteps'],):
             raise ValueError(f"its weights are not for {rest['timesteps']} timesteps")
-        with torch.device('meta'): net = Unet(**unet)
+        if net is None:
+            with torch.device('meta'): shape = Unet(**unet) # costs no memory
     except (TypeError, KeyError, AttributeError, ValueError, RuntimeError, OverflowError) as e:
         refuse(f'{path} has a configuration that makes no model: {e}')
-    d = Diffusion(net, **rest)
+    d = Diffusion(shape if net is None else net, **rest)
     check_weights(d, weights, path)
-    d.model = Unet(**unet)
+    if net is None: d.model = Unet(**unet)
     d.load_state_dict(weights)
     return d
 
@@ -248,12 +251,13 @@ def load_diffusion(
     path=None, # A checkpoint, the folder of a run or of `save_pretrained`, 'owner/name' on the Hub, or 'pretrained'
     device=None, # Where the model goes; by default the best device
     ema:bool=True, # Take the averaged weights, if the checkpoint has them?
+    net:nn.Module=None, # A network for the weights, if it was one of yours and no `Unet`
     **kwargs # For the Hub, such as `revision`, `token`, `cache_dir`, `local_files_only`
 )->Diffusion: # Ready to sample
     "Load a model from a file, a folder or the Hub; by default, or for 'pretrained', the package's cats (CC BY-NC 4.0)"
     device, path = best_device(device), model_at(path)
     ckpt = read_model(path, **kwargs)
-    d = build(ckpt['config'], ckpt['ema' if ema and 'ema' in ckpt else 'model'], path).to(device).eval()
+    d = build(ckpt['config'], ckpt['ema' if ema and 'ema' in ckpt else 'model'], path, net).to(device).eval()
     fast(d.model)
     return d
 
