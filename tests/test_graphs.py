@@ -296,4 +296,4 @@ def test_a_checkpoint_of_other_batches(pics, tmp_path):
     fit(learn, 1)
     ckpt = read_checkpoint(tmp_path/'model.pt')
     ckpt['train'] |= dict(batch=6, bs=4)
-    assert go_on(learn, ckpt) == (1, 3) and learn.checkpoint.going_on['batch'] == 3
+    assert go_on(learn, ckpt) == 3 and learn.checkpoint.going_on['batch'] == 3

@@ -95,6 +95,6 @@ def bar(it=None, show:bool=True, total:int=None, **kwargs)->tqdm:
 warnings.filterwarnings('ignore', r'`torch\.jit\.\w+` is deprecated', FutureWarning)
 warnings.filterwarnings('ignore', 'IProgress not found')
 
-# %% ../../nbs/kit/checks.ipynb #checks04
+# %% ../../nbs/kit/checks.ipynb #934f7740
 for _name in sys.argv[:1]:
     if re.fullmatch(r'ddpm_[a-z]+(\.exe)?', os.path.basename(_name)): os.environ['MPLBACKEND'] = 'agg'
