@@ -86,7 +86,7 @@ def test_sampling(model, gpu, kwargs):
 
 def test_batches_are_born_there(pics, gpu, monkeypatch):
     "Decoded pictures are moved once, and a batch never leaves the device"
-    def blank(self, progress): return torch.zeros(len(self), 3, self.size, self.size, dtype=torch.uint8)
+    def blank(self, progress): return torch.zeros(len(self), 3, *self.size, dtype=torch.uint8)
     monkeypatch.setattr(Images, 'decode_all', blank)
     for dl, view in zip(image_dls(pics, 16, 8, device='cuda'), (train_view, eval_view)):
         x = view(dl.dataset.x[[0, 3, 1]], 16)

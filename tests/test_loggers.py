@@ -56,7 +56,7 @@ def train(pics, tmp_path):
         "A run to step `total`, with a milestone each two steps"
         seed_everything(1)
         dls = image_dls(pics, image_size=8, batch_size=8, epoch_size=32, device='cpu')
-        own = [StepLoss(tmp_path), CheckpointCallback(tmp_path, 3), *([GridCallback(tmp_path, 2, 4)] if grid else [])]
+        own = [StepLoss(tmp_path), CheckpointCallback(tmp_path, 3), *([GridCallback(tmp_path, 4)] if grid else [])]
         own += logger_cbs(logger, tmp_path, dict(a=1))
         learn = ddpm_learner(dls, dim=8, dim_mults=(1,), attention='none', timesteps=5, cbs=[*own, *cbs])
         if ckpt: ckpt = read_checkpoint(tmp_path/ckpt)
