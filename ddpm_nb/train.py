@@ -86,7 +86,7 @@ def train_diffusion(
         real = reference(dls.train_ds, net, image_size, device=device, progress=True)
         sampler = watched(ancestral, time_steps, 'samples to score')
         scores.append(FIDCallback(real, net, n=fid_samples, seed=seed, sampler=sampler))
-    with run_folder(save_folder, load_path, resume) as folder:
+    with run_folder(save_folder, resume) as folder:
         if not rank():
             if data_path is not None: config['data_path'] = str(check_path('data_path', data_path).absolute())
             with complete(folder/'config.json') as tmp: tmp.write_text(json.dumps(config, indent=2, default=str))
@@ -95,7 +95,7 @@ def train_diffusion(
 # %% ../nbs/11_train.ipynb #c52dad7a
 def first_model(c):
     "The checkpoint and the model that a run with the parameters `c` of `train_diffusion` begins with"
-    if c['resume']: return last_good(Path(c['save_folder']).expanduser()/'model.pt', c)
+    if c['resume']: return last_good(check_path('save_folder', c['save_folder'])/'model.pt', c)
     if c['load_path'] is not None: return fitting(model_at(c['load_path']))
     net = Unet(c['unet_dim'], dim_mults=c['unet_dim_mults'], channels=c['channels'], attention=c['attention'])
     return None, Diffusion(net, image_size=c['image_size'], channels=c['channels'], timesteps=c['time_steps'])
@@ -140,6 +140,7 @@ def visualize_diffusion(
     batch_size:int=32, # Images in a batch, of which n_samples are shown
     seed:int=2024, # Seed of all random numbers
     n_samples:int=6, # Images shown
+    on_bad:str='error', # What to do about unreadable images, 'error' or 'skip'
     device:str=None, # Device such as cpu or cuda:0; the best one by default
     **kwargs # The other parameters of `train_diffusion`, which have no say here
 )->tuple: # The two figures
@@ -150,7 +151,8 @@ def visualize_diffusion(
     seed_everything(seed)
     folder = check_path('save_folder', save_folder)
     d = load_model(folder/'model.pt' if load_path is None else load_path, device)
-    dls = image_dls(images_at(data_path, data_class), d.image_size, n, data_class, device=d.device, channels=d.channels)
+    dls = image_dls(images_at(data_path, data_class), d.image_size, n, data_class, on_bad=on_bad, device=d.device,
+                    channels=d.channels)
     fwd = forward_strip(d, dls.train.one_batch()[0].as_subclass(torch.Tensor))
     times = [f't = {i}' for i in part_times(d.num_timesteps)]
     figs = Pictures([show_strip(fwd, times), show_strip(backward_strip(d, fwd[-1]), times[::-1])])

@@ -2,6 +2,7 @@
 import copy, random
 
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
+from fastai.learner import load_learner
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelValidException
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.vision.core import imagenet_stats
@@ -266,6 +267,24 @@ def test_pytorchs_loaders(make):
     assert len(plt.gcf().axes) == 6
     plt.close('all')
     assert isinstance(dls.train, torch.utils.data.DataLoader) and ddpm_learner(dls, 8, (1, 2), 10).dls.train.bs == 8
+
+
+def test_another_loader_of_pytorch_is_the_one_that_counts(tmp_path):
+    dls = photos([(o, 0) for o in x_0])
+    learn = ddpm_learner(dls, 8, (1, 2), 10, path=tmp_path)
+    other = torch.utils.data.DataLoader(x_0[:4], 2)
+    test = learn.dls.test_dl(other)
+    assert torch.equal(torch.cat([o[0] for o in test]), x_0[:4]) and test.bs == 2
+    with learn.no_bar(): assert learn.validate(dl=test)[0] != learn.validate()[0]
+    with pytest.raises(BadInput, match='bs is 8: a loader of PyTorch keeps'): learn.dls.valid.new(bs=4)
+    learn.export()
+    alone = load_learner(tmp_path/'export.pkl')
+    assert len(alone.dls.train.dataset) == 0 and alone.sample(1).shape == (1, *x_0.shape[1:])
+
+
+def test_a_list_of_files_is_no_test_set(pics):
+    with pytest.raises(BadInput, match='images must be Images.* but are a list'):
+        tiny(pics).dls.test_dl(['a.jpg'])
 
 
 @pytest.mark.parametrize('n, kwargs', [(20, {}), (20, dict(drop_last=True)), (24, dict(shuffle=True))])

@@ -91,8 +91,8 @@ def test_the_folder_of_a_run(tmp_path, monkeypatch, capsys):
     def used(**kwargs):
         with run_folder(tmp_path/'run', **kwargs) as f: (f/'model.pt').touch()
         return sorted(p.name for p in tmp_path.iterdir())
-    assert used() == ['run'] and used(resume=True) == ['run'] and used(load_path=tmp_path/'run/model.pt') == ['run']
-    assert used() == ['run', 'run.1'] and used(load_path=tmp_path/'run.1/model.pt') == ['run', 'run.1', 'run.2']
+    assert used() == ['run'] and used(resume=True) == ['run']
+    assert used() == ['run', 'run.1'] and used() == ['run', 'run.1', 'run.2']
     assert 'which is now in' in capsys.readouterr().out
     with only_run(tmp_path/'run'): refused('a run is under way', run_folder(tmp_path/'run').__enter__)
     monkeypatch.chdir(tmp_path/'run')
@@ -106,7 +106,7 @@ def test_the_folder_of_a_run(tmp_path, monkeypatch, capsys):
 
 def test_the_checkpoint_of_another_model_or_run(tmp_path):
     d, f = model(), tmp_path/'model.pt'
-    refused(str(f), config_of_run, tmp_path) # none is there
+    refused(f"resume: there is no run in '{tmp_path}', as model.pt is not there", config_of_run, tmp_path)
     save_diffusion(d, f, 3, train={})
     assert fitting(f)[0]['step'] == last_good(f, flags_of(d))[0]['step'] == 3
     refused(f'{f} is of another model than config.json says: time_steps 5, not 6', last_good, f,
@@ -144,7 +144,10 @@ def test_what_a_run_remembers(tmp_path):
     with pytest.raises(BadInput) as e: remembering(32, .1, '1,2', tmp_path, resume=True, train_steps=20)
     assert str(e.value) == (
         'resume: the run has batch_size 8, not 32, learning_rate 0.01, not 0.1, unet_dim_mults (1, 4), not (1, 2). '
-        f'Leave that out, or begin a new run with its weights: load_path {tmp_path}')
+        f'To begin a new run with its weights, leave out resume and give load_path {tmp_path}')
+    for path in tmp_path, 'pretrained':
+        refused('and load_path begins a new one: leave one of them out', remembering, load_path=path, resume=True,
+                save_folder=tmp_path)
 
 
 def test_a_model_brings_its_shape_along(tmp_path):

@@ -144,14 +144,14 @@ def test_what_we_did_not_write_stays(draw, tmp_path, f, drawn, monkeypatch):
     (tmp_path/f).write_text('image\n00000.png\n')
     was = {o: o.read_bytes() for o in tmp_path.rglob('*') if o.is_file()}
     monkeypatch.setattr(samples, 'passes', None) # nothing is drawn
-    with pytest.raises(BadInput, match="save_folder: '.*s.* isn't of an earlier drawing. Choose another folder"): draw()
+    with pytest.raises(BadInput, match="no samples.csv says that '.*s.* is ours. Choose another folder"): draw()
     assert {o: o.read_bytes() for o in tmp_path.rglob('*') if o.is_file()} == was
     assert 's.1' not in names(tmp_path)
 
 
 def test_a_grid_of_a_run_is_no_grid_of_ours(draw, tmp_path):
     save_png(tmp_path/'s.png', torch.rand(4, 3, 8, 8))
-    with pytest.raises(BadInput, match="s.png' isn't of an earlier drawing"): draw()
+    with pytest.raises(BadInput, match="s.png' is ours"): draw()
 
 
 def test_folders_that_we_use(draw, tmp_path, monkeypatch):
@@ -162,7 +162,7 @@ def test_folders_that_we_use(draw, tmp_path, monkeypatch):
     assert names(tmp_path/'s') == ['00000.png', '00001.png', 'samples.csv']
     monkeypatch.chdir(tmp_path/'s')
     with pytest.raises(BadInput, match="your current folder, '.', holds a drawing. Choose"): draw(1, '../a', '.')
-    with pytest.raises(BadInput, match="save_folder: '/.*isn't of an earlier"): draw(1, '../a', '/')
+    with pytest.raises(BadInput, match="says that '/.*is ours"): draw(1, '../a', '/')
 
 
 def test_a_name_that_is_no_text(draw, tmp_path):

@@ -108,7 +108,7 @@ def test_refusals_of_going_on(again):
     def left(): return sorted(o.name for o in path.parent.iterdir() if o.name != '.lock')
     before = left()
     for kw, says in ((dict(resume=True), 'train_steps must be more than 9, the steps of the model, but is 9'),
-                     (dict(resume=True, batch_size=4, seed=1), 'the run has batch_size 8, not 4, seed 2024, not 1. Leave that out'),
+                     (dict(resume=True, batch_size=4, seed=1), 'the run has batch_size 8, not 4, seed 2024, not 1. To '),
                      (dict(load_path=path), 'train_steps must be more than 9'),
                      (dict(load_path=path, time_steps=6), 'the model has time_steps 5, not 6. Leave that out')):
         with pytest.raises(BadInput, match=says): train_diffusion(9, 3, **(again | kw))
@@ -137,8 +137,8 @@ def test_resume_alone_knows_the_rest(pics, ran, tmp_path, monkeypatch):
     assert (config['data_path'], config['batch_size'], config['train_steps']) == (str(tmp_path/'moved'), 8, 14)
 
 
-def test_what_may_change_may(ran, again):
-    "A run goes on in another way, to the same weights; its milestones have numbers that go on"
+def test_what_may_change_may(again):
+    "A run goes on in another way; its milestones have numbers that go on"
     train_diffusion(14, 4, resume=True, precision='fp32', device=None, on_bad='skip', n_samples=1, keep_checkpoints=3,
                     logger='tensorboard', dataloader_workers=0, nonfinite='skip', unet_dim_mults='1,2',
                     save_folder=again['save_folder'])
@@ -147,13 +147,41 @@ def test_what_may_change_may(ran, again):
     assert left == {f'sample_{i}.png' for i in range(1, 6)} | {'model_9.pt', 'model_12.pt'}
 
 
-def test_other_milestones_in_the_middle_of_one(ran, tmp_path, monkeypatch):
+def stopped(m, at, *args, **kwargs):
+    "A run that gets a signal in its step `at`"
     class Stop(Callback):
-        def after_step(self): self.learn.checkpoint.stop = {5: signal.SIGTERM}.get(self.learn.ddpm.steps)
-    with monkeypatch.context() as m:
+        def after_step(self): self.learn.checkpoint.stop = {at: signal.SIGTERM}.get(self.learn.ddpm.steps)
+    with m.context() as m:
         m.setattr(train, 'logger_cbs', lambda *args: [Stop()])
-        with pytest.raises(Stopped, match='--resume --save_folder .*run goes on'):
-            train_diffusion(9, 3, save_folder=tmp_path/'run', **ran[1])
+        with pytest.raises(Stopped, match='--resume --save_folder .*run goes on'): train_diffusion(*args, **kwargs)
+
+
+@pytest.mark.parametrize('at', [3, 4, 6]) # the last step before a milestone, and the first after it
+def test_stopped_around_a_milestone(ran, tmp_path, monkeypatch, at):
+    stopped(monkeypatch, at, 9, 3, save_folder=tmp_path/'run', **ran[1])
+    train_diffusion(resume=True, save_folder=tmp_path/'run')
+    same(tmp_path/'run', ran[0]/'9', 'loss.csv', 'sample_1.png', 'sample_2.png', 'sample_3.png')
+
+
+def test_other_pictures_are_noticed(pics, ran, again, tmp_path, capsys):
+    shutil.copytree(pics, tmp_path/'fewer')
+    next((tmp_path/'fewer').rglob('train/cat/*.*')).unlink()
+    train_diffusion(10, resume=True, save_folder=again['save_folder'], data_path=tmp_path/'fewer')
+    assert 'the run had 40 images to train on, and now there are 39' in capsys.readouterr().err
+
+
+def test_a_model_of_the_run_in_the_same_folder(ran, again):
+    "The earlier run moves aside whole: nothing of it is lost"
+    folder = again['save_folder']
+    left = {o.name: o.read_bytes() for o in folder.glob('[!.]*')}
+    train_diffusion(10, load_path=folder, save_folder=folder, learning_rate=1e-4, data_path=again['data_path'],
+                    batch_size=8, n_samples=1, device='cpu')
+    assert {o.name: o.read_bytes() for o in folder.with_name('run.1').glob('[!.]*')} == left
+    assert [r[0] for r in read_losses(folder/'loss.csv')] == list(range(1, 11))
+
+
+def test_other_milestones_in_the_middle_of_one(ran, tmp_path, monkeypatch):
+    stopped(monkeypatch, 5, 9, 3, save_folder=tmp_path/'run', **ran[1])
     for every, steps in (2, 7), (50, 9): train_diffusion(steps, every, resume=True, save_folder=tmp_path/'run')
     rows, whole = (read_losses(o/'loss.csv') for o in (tmp_path/'run', ran[0]/'9'))
     assert [r[0] for r in rows] == list(range(1, 10)) and [r[0] for r in rows if r[2]] == [3, 6, 7, 9]

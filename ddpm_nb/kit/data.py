@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['THREADS', 'AVIF', 'HEIF', 'EXTS', 'OTHERS', 'UNREADABLE', 'MAX_BYTES', 'FORMATS', 'is_image_name', 'walk', 'Files',
            'splits', 'hold_out', 'pick_names', 'to_8_bits', 'to_rgb', 'decode', 'Images', 'crop', 'with_room',
-           'train_view', 'centre', 'eval_view', 'View', 'ImageDL', 'image_dls', 'images_of', 'OtherDL', 'usable']
+           'train_view', 'centre', 'eval_view', 'View', 'ImageDL', 'image_dls', 'images_of', 'Other', 'OtherDL',
+           'usable']
 
 # %% ../../nbs/kit/data.ipynb #15915d64
 import math, os, struct, sys, zipfile, zlib
@@ -275,6 +276,7 @@ class View(Transform):
 class ImageDL(TfmdDL):
     "A loader that takes whole batches from `Images`"
     def __init__(self, dataset, bs=32, num_workers=0, **kwargs):
+        if isinstance(dataset, list): refuse('images must be Images(Files(folder), names, size), but are a list')
         super().__init__(dataset, bs=bs, num_workers=0, **kwargs)
         self.skip, self.on_start = 0, noop
 
@@ -316,9 +318,8 @@ def image_dls(
     train, val = (Images(files, o, with_room(size), limit, on_bad, progress, channels)
                   for o in pick_names(files.names, data_class, n_valid))
     if len(train) < bs: refuse(f'batch_size must be at most {len(train)}, the number of training images, but is {bs}')
-    if progress and not rank():
-        also = f'; {files.left_out()}' if files.others else ''
-        print(f'{len(train) + len(val):,} images: {len(train):,} to train on, {len(val):,} held out{also}')
+    said = f'{len(train) + len(val):,} images: {len(train):,} to train on, {len(val):,} held out'
+    if not rank() and (progress or files.others): print(said + (f'; {files.left_out()}' if files.others else ''))
     for o in (train, val): o.x = o.x if o.x is None else o.x.to(device)
     dls = [ImageDL(train, bs, shuffle=True, drop_last=True, n=n or len(train), after_batch=[View(size, True)]),
            ImageDL(val, max(2*bs, 2**19//math.prod(sides(size))), after_batch=[View(size, False)])]
@@ -332,16 +333,28 @@ def images_of(batch)->Tensor: # Shape (b, c, h, w)
     got = f'of shape {tuple(x.shape)}' if isinstance(x, Tensor) else f'a {type(x).__name__}'
     refuse(f'dls must give batches of images, of shape (b, c, h, w), or tuples that begin with them, but give {got}')
 
+class Other:
+    "A loader that isn't fastai's"
+    def __init__(self, dl): self.dl, self.bs = dl, getattr(dl, 'batch_size', None)
+    def __len__(self): return len(self.dl)
+    def __iter__(self): return iter(self.dl)
+    def new_empty(self): return Other([]) # for `Learner.export`
+
 class OtherDL(DataLoader):
     "The images of a loader that isn't fastai's, as fastai wants them"
     def __init__(self, dl, device=None):
-        super().__init__(dl, device=device)
-        self.own = self.bs = getattr(dl, 'batch_size', None) or len(images_of(first(dl)))
-        try: self.n = len(dl)*self.own
-        except TypeError: refuse('dls must have a length, which loaders of an IterableDataset lack unless it has one')
+        super().__init__(dl := dl if isinstance(dl, Other) else Other(dl), device=device)
+        try: n = len(dl)
+        except TypeError: refuse('dls must have a length: give your IterableDataset a __len__')
+        self.own = self.bs = dl.bs or (len(images_of(first(dl))) if n else 1)
+        self.n = n*self.own
 
     def __len__(self): return math.ceil(len(self.dataset)/(self.bs//self.own))
-    def new(self, *args, **kwargs): return OtherDL(self.dataset, self.device) # which shuffles as it always does
+    def new(self, dl=None, cls=None, bs=None, **kwargs):
+        "The same loader or another, which shuffles as it always does"
+        if bs not in (None, self.bs): refuse(f'bs is {self.bs}: a loader of PyTorch keeps the batch size that it has')
+        return OtherDL(self.dataset if dl is None else dl, self.device)
+
     def create_batches(self, samps):
         "Yields the images of one or several of its batches, and no labels"
         for bs in chunked(self.dataset, self.bs//self.own): yield (torch.cat([*map(images_of, bs)]).float(),)

@@ -125,16 +125,15 @@ class KitLearner(Learner):
 def save(self:KitLearner,
     file, # Name without `.pth`, in the learner's `path/model_dir`
     with_opt:bool=True, # Save the optimizer's state as well?
-    pickle_protocol:int=2, # Of `torch.save`
+    **kwargs # More arguments of fastai's `save`, which have no say here
 )->Path: # The file
     "Write the weights and their average as a checkpoint, complete or not at all"
     path = self.saved_as(file)
     if rank(): return path
-    d, ema, ddpm = self.diffusion, getattr(self, 'ema', None), getattr(self, 'ddpm', None)
-    state = dict(step=ddpm.steps if ddpm else 0, model=d.state_dict(), config=config_of(d))
-    if ema and ema.avg: state |= dict(ema=ema.avg.module.state_dict(), n_averaged=int(ema.avg.n_averaged))
-    if with_opt and self.opt: state['opt'] = plain_values(self.opt.state_dict())
-    with complete(path) as tmp: torch.save(state, tmp, pickle_protocol=pickle_protocol)
+    avg, ddpm = getattr(getattr(self, 'ema', None), 'avg', None), getattr(self, 'ddpm', None)
+    more = dict(n_averaged=int(avg.n_averaged)) if avg else {}
+    if with_opt and self.opt: more['opt'] = plain_values(self.opt.state_dict())
+    save_diffusion(self.diffusion, path, ddpm.steps if ddpm else 0, avg and avg.module, **more)
     return path
 
 @patch

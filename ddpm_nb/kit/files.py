@@ -148,7 +148,7 @@ def check_model(
 
 # %% ../../nbs/kit/files.ipynb #9c12f3d8
 def config_of(diffusion:Diffusion)->dict:
-    "All you need to build the model again, as plain values; of another network than a `Unet` it knows the name alone"
+    "All you need to build the model again, as plain values; for another network than a `Unet`, only its name"
     d, net = diffusion, diffusion.model
     h, w = d.image_shape[1:]
     what = dict(unet=net.config) if type(net) in (Unet, FastUnet) else dict(network=type(net).__name__)
@@ -213,11 +213,12 @@ def load_weights(diffusion, weights:dict, name='checkpoint'):
 def build(config:dict, weights:dict, path, net:nn.Module=None)->Diffusion:
     "The model that the `config` of the file `path` describes, with the file's `weights`; `net` if it has no `Unet`"
     if net is None and 'network' in config:
-        refuse(f"{path} holds the weights of a network of yours, {config['network']}. Give load_diffusion one as net")
+        refuse(f"{path} holds the weights of a network of yours, {config['network']}. "
+               'In Python give load_diffusion one as net')
     try:
         unet, rest = config.get('unet', {}), {k: v for k,v in config.items() if k not in ('unet', 'network')}
         if net is None and unet.get('channels', 3) != rest['channels']: raise ValueError('two numbers of channels')
-        check_model(**unet | rest)
+        check_model(**(unet if net is None else dict(dim_mults=(1,))) | rest)
         rest['image_size'] = check_size('image_size', rest['image_size'])
         if getattr(weights.get('schedule.alphas'), 'shape', None) != (rest['timesteps'],):
             raise ValueError(f"its weights are not for {rest['timesteps']} timesteps")
@@ -243,7 +244,9 @@ def model_at(path=None)->Path:
 
 def read_model(path:Path, **kwargs)->dict:
     "What a checkpoint or a model's folder holds: `step`, `model`, `config`, and of a checkpoint the rest"
-    if not (path.is_dir() or path.suffix == '.safetensors' or on_hub(path)): return read_checkpoint(path)
+    weights = path.suffix == '.safetensors'
+    if weights and not path.is_file(): refuse(f'{path} is not there. Give the weights of save_pretrained')
+    if not (path.is_dir() or weights or on_hub(path)): return read_checkpoint(path)
     config, weights = read_pretrained(path, **kwargs)
     return dict(step=0, model=weights, config=config)
 
@@ -251,7 +254,7 @@ def load_diffusion(
     path=None, # A checkpoint, the folder of a run or of `save_pretrained`, 'owner/name' on the Hub, or 'pretrained'
     device=None, # Where the model goes; by default the best device
     ema:bool=True, # Take the averaged weights, if the checkpoint has them?
-    net:nn.Module=None, # A network for the weights, if it was one of yours and no `Unet`
+    net:nn.Module=None, # Your network, if the model isn't a `Unet`
     **kwargs # For the Hub, such as `revision`, `token`, `cache_dir`, `local_files_only`
 )->Diffusion: # Ready to sample
     "Load a model from a file, a folder or the Hub; by default, or for 'pretrained', the package's cats (CC BY-NC 4.0)"
@@ -319,6 +322,7 @@ def read_pretrained(path:Path, **kwargs)->tuple[dict, dict]:
         refuse(f'{path} is neither here nor on the Hub, as far as it can be reached ({type(e).__name__})')
     if not file.is_file(): refuse(f'{path} holds no model: neither model.pt nor model.safetensors')
     try: config = json.loads(conf.read_text(encoding='utf-8'))
+    except FileNotFoundError: refuse(f'{conf} is not there. It says what the weights beside it are of')
     except (OSError, ValueError, RecursionError) as e: refuse(f"{conf} isn't JSON, or is damaged ({type(e).__name__})")
     try: weights = {k: v.float() if v.is_floating_point() else v for k,v in load_file(file).items()}
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as e:

@@ -239,6 +239,7 @@ class CheckpointCallback(RunCallback):
         l, batch = self.learn, self.done # batches done in this epoch; 0 at its end
         return dict(
             epoch=l.epoch + (not batch), batch=batch, bs=self.dls.train.bs, iter=l.train_iter + 1,
+            images=len(self.dls.train.dataset),
             pct=float(l.pct_train + 1/(l.n_iter*l.n_epoch)), opt=plain_values(l.opt.state_dict()),
             data_order=self.data_order if batch else self.dls.train.rng.getstate(),
             random=self.random or random_states(l.diffusion.device),
@@ -309,6 +310,9 @@ def go_on(learn:Learner, ckpt:dict)->int:
     epoch, batch = (check_int(f'{k} of the checkpoint', was.get(k), 0) for k in ('epoch', 'batch'))
     batch = batch*check_int('bs of the checkpoint', was.get('bs', bs))//bs # another device may take more images at once
     learn.checkpoint.going_on, learn.checkpoint.last, learn.first_epoch = was | dict(batch=batch), ckpt['step'], epoch
+    now = len(learn.dls.train.dataset)
+    if was.get('images', now) != now and not rank():
+        print(f"the run had {was['images']:,} images to train on, and now there are {now:,}", file=sys.stderr)
     return batch
 
 # %% ../../nbs/kit/runs.ipynb #run00025
@@ -344,12 +348,15 @@ class Curves(RunCallback):
 
 # %% ../../nbs/kit/runs.ipynb #run00030
 class Epochs(Callback):
-    "Epochs that end at each multiple of `every` steps and at step `total`; `done` are, the first began after `start`"
+    "Epochs that end at multiples of `every` steps and at `total`; `done` are done, the current epoch began at `start`"
     def __init__(self, every, total, per_step, start=0, done=0):
         self.every, self.total, self.per_step, self.start, self.done = every, total, per_step, start, max(start, done)
-    def __len__(self): return math.ceil(self.total/self.every) - self.done//self.every
+    def past(self):
+        "How many milestones lie behind; one at which the current epoch ends does not"
+        return max(math.ceil(self.done/self.every) - 1, self.start//self.every)
+    def __len__(self): return math.ceil(self.total/self.every) - self.past()
     def before_epoch(self):
-        end = min((self.done//self.every + 1)*self.every, self.total)
+        end = min((self.past() + 1)*self.every, self.total)
         self.dls.train.n = (end - self.start)*self.per_step
         self.start = self.done = end
     def after_train(self):
@@ -412,14 +419,12 @@ def fit_steps(
 
 # %% ../../nbs/kit/runs.ipynb #run00041
 @contextmanager
-def run_folder(save_folder, load_path=None, resume:bool=False):
-    "Make a run's own folder, and move an earlier run in it aside unless this one begins with it"
+def run_folder(save_folder, resume:bool=False):
+    "Make a run's own folder, and move an earlier run in it aside unless you resume that"
     path = check_path('save_folder', save_folder)
     if rank(): yield path; return
-    own = path.resolve(), path.resolve()/'model.pt'
-    goes_on = resume or load_path is not None and check_path('load_path', load_path).resolve() in own
     with on_disk(f"save_folder: '{path}'"):
-        if (path/'model.pt').exists() and not goes_on: move_aside(path)
+        if (path/'model.pt').exists() and not resume: move_aside(path)
         path.mkdir(parents=True, exist_ok=True)
         (path/'.probe').touch(); (path/'.probe').unlink()
     with only_run(path): yield path
@@ -432,7 +437,8 @@ FREE = {'train_steps', 'save_and_sample_every', 'save_folder', 'data_path', 'loa
 def config_of_run(folder)->dict:
     "What the run in `folder` was started with, or was last resumed with"
     path = check_path('save_folder', folder)
-    if not older(path/'model.pt') and not (path/'model.pt').exists(): read_checkpoint(path/'model.pt') # says so
+    if not older(path/'model.pt') and not (path/'model.pt').exists():
+        refuse(f"resume: there is no run in '{path}', as model.pt is not there. Give its folder as save_folder")
     try: return dict(json.loads((path/'config.json').read_text(encoding='utf-8')))
     except (OSError, ValueError, TypeError):
         refuse(f"resume: {path/'config.json'} can't be read. Give the folder of a run of ddpm_train")
@@ -458,9 +464,11 @@ def remembers(f):
         was = read(was | dict(save_folder=folder))
         both = [k for k in known if k in given and k in was and k not in FREE]
         wrong = ', '.join(f'{k} {was[k]!r}, not {given[k]!r}' for k in both if was[k] != given[k])
-        new = f'Leave that out, or begin a new run with its weights: load_path {folder}'
+        new = f'To begin a new run with its weights, leave out resume and give load_path {folder}'
         if wrong and resume: refuse(f'resume: the run has {wrong}. {new}')
         if wrong: refuse(f'load_path: the model has {wrong}. Leave that out: a model brings its shape along')
+        if resume and load_path not in (None, was['load_path']):
+            refuse(f"resume goes on with the run in '{folder}', and load_path begins a new one: leave one of them out")
         return f(**was | given)
     return _f
 

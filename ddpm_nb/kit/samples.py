@@ -102,7 +102,7 @@ def make_room(folder:Path, grid:Path):
         there = sorted(folder.iterdir()) if folder.is_dir() else []
         others = [o for o in there if o.name not in ours and not o.name.startswith('.')]
         if grid.exists() and not png_text(grid).keys() >= {*COLUMNS[1:]}: others.append(grid)
-        if others: refuse(f"save_folder: '{others[0]}' isn't of an earlier drawing. Choose another folder")
+        if others: refuse(f"save_folder: no samples.csv says that '{others[0]}' is ours. Choose another folder")
         if known or grid.exists(): move_aside(folder, 'drawing', ['.png'])
 
 # %% ../../nbs/kit/samples.ipynb #b0000009
