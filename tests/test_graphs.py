@@ -138,7 +138,7 @@ class Spoil(Callback):
 
 def test_a_step_that_is_not_finite(pics, tmp_path, capsys):
     learn = learner(pics, tmp_path, Spoil(3))
-    with pytest.raises(BadInput, match=r'the loss of step 3 is not finite \(loss nan, learning rate 0.001\)'): fit(learn)
+    with pytest.raises(BadInput, match=r'loss of step 3 is not finite \(loss nan, learning rate 0.001\)'): fit(learn)
     assert all(o.isfinite().all() for o in states(learn))
     learn = fit(learner(pics, tmp_path, Spoil(3), nonfinite='skip'))
     assert 'step 3 is not finite' in capsys.readouterr().err

@@ -92,7 +92,8 @@ def test_metadata_is_complete(meta):
     assert [o.split()[-1] for o in classes if re.search(r':: 3\.\d+$', o)] == cfg['python_versions'].split()
     assert 'Typing :: Typed' in classes
     assert not [o for o in classes if o.startswith('License')] # the expression is in their place
-    assert set(meta.get_all('Provides-Extra')) == {'offline', 'processes', 'wandb', 'tensorboard', 'heic', 'bench', 'dev'}
+    extras = {'offline', 'processes', 'wandb', 'tensorboard', 'heic', 'bench', 'dev'}
+    assert set(meta.get_all('Provides-Extra')) == extras
 
 
 def test_classifiers_are_known(meta):

@@ -108,7 +108,7 @@ def test_refusals_of_going_on(again):
     def left(): return sorted(o.name for o in path.parent.iterdir() if o.name != '.lock')
     before = left()
     for kw, says in ((dict(resume=True), 'train_steps must be more than 9, the steps of the model, but is 9'),
-                     (dict(resume=True, batch_size=4, seed=1), 'the run has batch_size 8, not 4, seed 2024, not 1. To '),
+                     (dict(resume=True, batch_size=4, seed=1), 'the run has batch_size 8, not 4, seed 2024, not 1. '),
                      (dict(load_path=path), 'train_steps must be more than 9'),
                      (dict(load_path=path, time_steps=6), 'the model has time_steps 5, not 6. Leave that out')):
         with pytest.raises(BadInput, match=says): train_diffusion(9, 3, **(again | kw))
