@@ -79,8 +79,7 @@ class Diffusion(nn.Module):
     @property
     def image_shape(self)->tuple: # (channels, height, width)
         "Shape of one image"
-        size = self.image_size
-        return self.channels, *(size if isinstance(size, (tuple, list)) else (size, size))
+        return self.channels, *(self.image_size if isinstance(self.image_size, (tuple, list)) else [self.image_size]*2)
 
     def noise_like(self, shape, device=None)->Tensor:
         "Standard normal noise on the model's device or another: the one source of noise of all methods"

@@ -31,9 +31,7 @@ def q_chain(
 )->Tensor: # x_tau, the shape of `x_0`
     "A sample at step `tau` by walking the chain, in O(tau) (question 6.3)"
     x = x_0
-    for i in range(tau):
-        t = torch.full((len(x),), i, device=x.device)
-        x = q_step(sched, x, t, noise_like(x))
+    for i in range(tau): x = q_step(sched, x, torch.full((len(x),), i, device=x.device), noise_like(x))
     return x
 
 # %% ../nbs/02_forward.ipynb #7ef615fb
