@@ -89,7 +89,8 @@ def train_diffusion(
     with run_folder(save_folder, resume) as folder:
         if not rank():
             if data_path is not None: config['data_path'] = str(check_path('data_path', data_path).absolute())
-            with complete(folder/'config.json') as tmp: tmp.write_text(json.dumps(config, indent=2, default=str))
+            asked = json.dumps(config | dict(resume=False), indent=2, default=str) # to run it again is a new run
+            with complete(folder/'config.json') as tmp: tmp.write_text(asked)
         return run(config, dls, model, folder, scores, ckpt)
 
 # %% ../nbs/11_train.ipynb #c52dad7a

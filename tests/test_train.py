@@ -135,6 +135,7 @@ def test_resume_alone_knows_the_rest(pics, ran, tmp_path, monkeypatch):
     same(tmp_path/'there', ran[0]/'14', 'sample_5.png')
     config = json.loads((tmp_path/'there/config.json').read_text())
     assert (config['data_path'], config['batch_size'], config['train_steps']) == (str(tmp_path/'moved'), 8, 14)
+    assert not config['resume'] # the same parameters again make a run of their own
 
 
 def test_what_may_change_may(again):

@@ -9,7 +9,7 @@ __all__ = ['FREE', 'RunCallback', 'StepLoss', 'FiniteCallback', 'Half', 'GraphCa
            'TensorboardCallback', 'WandbCallback', 'wandb_mode', 'logger_class', 'logger_cbs']
 
 # %% ../../nbs/kit/runs.ipynb #run00005
-import gc, json, math, netrc, os, signal, sys, tempfile, threading, time, uuid
+import gc, json, math, netrc, os, shlex, signal, sys, tempfile, threading, time, uuid
 from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
@@ -414,7 +414,7 @@ def fit_steps(
     stop, at = learn.checkpoint.stop, learn.ddpm.steps
     if stop is None or at >= total: return
     said = f'stopped after step {at} of {total}, which is saved; '
-    said += f'ddpm_train --resume --save_folder {learn.checkpoint.path.parent} goes on'
+    said += f'ddpm_train --resume --save_folder {shlex.quote(str(learn.checkpoint.path.parent))} goes on'
     raise Stopped(said, 128 + stop)
 
 # %% ../../nbs/kit/runs.ipynb #run00041
